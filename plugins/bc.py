@@ -1,0 +1,70 @@
+"""BC, bilaterally coupled: a width is judged at both ends of a layer (BCNet, Su et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from widthkit.graph import IntArray
+from widthkit.space import GroupChoices
+from widthkit.strategy import StepCost, Strategy
+from widthkit.supernet import Supernet
+from widthkit.train.step import StepContext
+
+
+@dataclass(frozen=True)
+class BilaterallyCoupled(Strategy):
+    """Leftmost and rightmost channels, with complementary training (BCNet, Eq. 7-12).
+
+    Args:
+        complementary: With every width c also train its complement, so that every channel is trained equally often
+            (Eq. 11).
+    """
+
+    complementary: bool = True
+
+    def capacity(self, choices: GroupChoices) -> int:
+        """The widest choice: both ends share one layer."""
+        return choices.widest
+
+    def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
+        """Two paths: ``[0, c)`` and ``[l - c, l)`` (Eq. 8)."""
+        return (np.arange(width), np.arange(choices.widest - width, choices.widest))
+
+    def complement(self, width: int, choices: GroupChoices) -> int:
+        """``l - c``; the complement of the full width is the full width, so that both ends train all channels once.
+
+        The paper leaves that case open.
+        """
+        return choices.widest - width or choices.widest
+
+    def train_step(self, net: Supernet, step: StepContext) -> Tensor:
+        """Train a random width and its complement, each on both ends with half the loss (Eq. 10 and 11)."""
+        widths = net.space.sample(net.rng(step))
+        vectors = [widths]
+        if self.complementary:
+            vectors.append({g.name: self.complement(widths[g.name], g) for g in net.space.groups})
+        total = torch.zeros(())
+        for vector in vectors:
+            for path in net.paths(vector):
+                outputs = net.forward_on(path, step)
+                loss = step.loss(outputs, step.targets) / 2
+                step.backward(loss)
+                total = total + loss.detach().cpu() / len(vectors)
+                if step.outputs is None:
+                    step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
+        return total
+
+    def combine(self, scores: Sequence[float]) -> float:
+        """The mean of both ends (Eq. 12)."""
+        return sum(scores) / len(scores)
+
+    @property
+    def cost(self) -> StepCost:
+        """Two ends of the width, and of its complement."""
+        n = 4 if self.complementary else 2
+        return StepCost(n, n)

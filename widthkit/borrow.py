@@ -1,0 +1,211 @@
+"""Borrowed slices: run a model at smaller widths on parts of its own tensors.
+
+Two things make a sub-network as cheap as a dense one. A slice is copied once, compactly, so that kernels read dense
+memory in forward and backward. And its gradient is added straight into that part of the parameter's ``.grad``; the
+plain autograd of slicing would fill a zero tensor of the full size for every slice and add that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthkit.clone import all_names
+from widthkit.graph import IntArray
+from widthkit.plan import Plan, set_attribute
+
+Spec = tuple[tuple[int, "slice | Tensor"], ...]
+"""Per dim a contiguous slice or an index tensor."""
+
+
+def spec_of(dims: Mapping[int, IntArray]) -> Spec:
+    """Turn index arrays into slices where they are contiguous.
+
+    >>> import numpy as np
+    >>> spec_of({0: np.array([2, 3, 4])})
+    ((0, slice(2, 5, None)),)
+    """
+    found: list[tuple[int, slice | Tensor]] = []
+    for dim, index in sorted(dims.items()):
+        first, last = int(index[0]), int(index[-1])
+        if last - first + 1 == len(index):
+            found.append((dim, slice(first, last + 1)))
+        else:
+            found.append((dim, torch.from_numpy(index)))
+    return tuple(found)
+
+
+def view(tensor: Tensor, spec: Spec) -> Tensor:
+    """Return the part that the slices of a spec name; index tensors are left for later."""
+    for dim, where in spec:
+        if isinstance(where, slice):
+            tensor = tensor.narrow(dim, where.start, where.stop - where.start)
+    return tensor
+
+
+def gather(tensor: Tensor, spec: Spec) -> Tensor:
+    """Return the part that a spec names: a view where slices suffice, else a copy."""
+    part = view(tensor, spec)
+    for dim, where in spec:
+        if isinstance(where, Tensor):
+            part = part.index_select(dim, where.to(part.device))
+    return part
+
+
+def add_into(target: Tensor, spec: Spec, value: Tensor) -> None:
+    """Add ``value`` in place to the part of ``target`` that a spec names."""
+    part = view(target, spec)
+    indexed = [(dim, where.to(target.device)) for dim, where in spec if isinstance(where, Tensor)]
+    if not indexed:
+        part.add_(value)
+    elif len(indexed) == 1:
+        part.index_add_(indexed[0][0], indexed[0][1], value)
+    else:
+        # Rows first: their union is smaller than the target, and the last dim is added in place.
+        *first, (last_dim, last) = indexed
+        rows = part
+        for dim, where in first:
+            rows = rows.index_select(dim, where)
+        rows.index_add_(last_dim, last, value)
+        _write_back(part, first, rows)
+
+
+def _write_back(part: Tensor, indexed: list[tuple[int, Tensor]], value: Tensor) -> None:
+    if len(indexed) == 1:
+        part.index_copy_(indexed[0][0], indexed[0][1], value)
+        return
+    (dim, where), *rest = indexed
+    inner = part.index_select(dim, where)
+    _write_back(inner, rest, value)
+    part.index_copy_(dim, where, inner)
+
+
+class Borrow(torch.autograd.Function):
+    """A compact copy of a part of a parameter whose gradient flows into that part."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, spec: Spec, direct: bool) -> Tensor:
+        """Copy the part; ``direct`` adds gradients into ``parameter.grad`` instead of returning them."""
+        ctx.spec, ctx.direct, ctx.parameter = spec, direct, parameter
+        part = gather(parameter.detach(), spec)
+        return part.clone(memory_format=torch.contiguous_format) if part._base is not None else part
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        """Add the gradient of the part to the parameter's."""
+        (grad,) = grads
+        parameter: Tensor = ctx.parameter
+        if ctx.direct and parameter.is_leaf:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            add_into(parameter.grad, ctx.spec, grad.to(parameter.dtype))
+            return None, None, None
+        full = torch.zeros_like(parameter)
+        add_into(full, ctx.spec, grad)
+        return full, None, None
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One place of a module tree that holds a tensor."""
+
+    table: dict[str, Any]
+    key: str
+
+
+@dataclass(frozen=True)
+class _Loan:
+    """One tensor that a plan narrows, everywhere it is held."""
+
+    slots: tuple[_Slot, ...]
+    spec: Spec
+    is_parameter: bool
+
+
+class Borrower:
+    """Runs a model at the widths of a plan, on its own tensors.
+
+    Args:
+        model: The model whose tensors are borrowed; between runs it is whole.
+        direct: Add gradients of slices in place. Without it they flow through autograd at full size, which
+            ``torch.autograd.grad`` and hooks on parameters need.
+    """
+
+    def __init__(self, model: nn.Module, direct: bool = True) -> None:
+        self.model = model
+        self.direct = direct
+        self._slots = _slots(model)
+
+    def compile(self, plan: Plan) -> tuple[list[_Loan], list[tuple[nn.Module, str, Mapping[int | None, int]]]]:
+        """Prepare what :meth:`lend` swaps in, once per plan."""
+        loans = []
+        for name, dims in plan.tensors.items():
+            slots = self._slots[name]
+            loans.append(_Loan(slots, spec_of(dims), isinstance(slots[0].table[slots[0].key], nn.Parameter)))
+        changes = [(self.model.get_submodule(path), name, v) for (path, name), v in plan.attributes.items()]
+        return loans, changes
+
+    @contextmanager
+    def lend(
+        self, prepared: tuple[list[_Loan], list[tuple[nn.Module, str, Mapping[int | None, int]]]]
+    ) -> Iterator[nn.Module]:
+        """Hold narrowed tensors and attributes in the model; everything is put back on the way out."""
+        loans, changes = prepared
+        undo: list[tuple[_Slot, Any]] = []
+        back: list[tuple[Tensor, Spec, Tensor]] = []
+        attributes: list[tuple[nn.Module, str, Any]] = []
+        try:
+            for loan in loans:
+                whole = loan.slots[0].table[loan.slots[0].key]
+                part = self._part(whole, loan)
+                if not loan.is_parameter and part._base is None:
+                    back.append((whole, loan.spec, part))
+                for slot in loan.slots:
+                    undo.append((slot, slot.table[slot.key]))
+                    slot.table[slot.key] = part
+            for module, name, values in changes:
+                attributes.append((module, name, set_attribute(module, name, values)))
+            yield self.model
+        finally:
+            for slot, value in undo:
+                slot.table[slot.key] = value
+            for module, name, old in reversed(attributes):
+                setattr(module, name, old)
+            if self.model.training:
+                _return_buffers(back)
+
+    def _part(self, whole: Tensor, loan: _Loan) -> Tensor:
+        if not loan.is_parameter:
+            return gather(whole, loan.spec)
+        if whole.requires_grad and torch.is_grad_enabled():
+            return Borrow.apply(whole, loan.spec, self.direct)  # type: ignore[no-any-return, no-untyped-call]
+        return gather(whole.detach(), loan.spec)
+
+
+def _return_buffers(back: list[tuple[Tensor, Spec, Tensor]]) -> None:
+    """Running statistics that were copied, not viewed, go back where they came from."""
+    with torch.no_grad():
+        for whole, spec, part in back:
+            add_into(whole, spec, part - gather(whole, spec))
+
+
+def _slots(model: nn.Module) -> dict[str, tuple[_Slot, ...]]:
+    """Map every tensor's first name to all the places that hold it."""
+    modules = dict(model.named_modules())
+    found = {}
+    for first, names in all_names(model).items():
+        slots = []
+        for name in names:
+            path, _, key = name.rpartition(".")
+            module = modules[path]
+            table: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            slots.append(_Slot(table, key))
+        found[first] = tuple(slots)
+    return found
+
+

@@ -1,0 +1,66 @@
+"""The exception tree: every refusal widthkit makes is one of these, with one clear line of text.
+
+A message says what is wrong, where, and the way out. The command line prints it after ``error:`` and exits with
+code 2; nothing has been changed or half-written by then.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WidthkitError(Exception):
+    """Base class of every error that widthkit raises on purpose."""
+
+
+class OptionError(WidthkitError):
+    """An option, or a combination of options, that makes no sense."""
+
+
+class ModelError(WidthkitError):
+    """A model that is not known, cannot be built, or cannot run on its example input."""
+
+
+class TraceError(WidthkitError):
+    """A model whose channel groups cannot be found."""
+
+
+class WidthsError(WidthkitError):
+    """Widths or kept units that do not fit the model's channel groups."""
+
+
+class BudgetError(WidthkitError):
+    """A budget that cannot be read, or that no width vector of the space meets."""
+
+
+class PluginError(WidthkitError):
+    """A strategy, searcher or rule that is unknown, broken, or registered twice."""
+
+
+class DataError(WidthkitError):
+    """A data set that is missing, damaged, or of the wrong form."""
+
+
+class CheckpointError(WidthkitError):
+    """A checkpoint that is missing, damaged, or belongs to another run."""
+
+
+class SlimFileError(WidthkitError):
+    """A saved slim network that is missing, damaged, or of another format version."""
+
+
+def close_matches(name: str, known: Iterable[str]) -> str:
+    """Say which known names resemble ``name``, or list them when none does.
+
+    >>> close_matches("gredy", ["greedy", "random"])
+    'did you mean greedy?'
+    >>> close_matches("zzz", ["greedy", "random"])
+    'known: greedy, random'
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    shown = names if len(names) <= 20 else [*names[:20], f"... ({len(names)} in all)"]
+    return f"known: {', '.join(shown)}" if shown else "none is installed"

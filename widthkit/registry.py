@@ -1,0 +1,137 @@
+"""One strict registry for every kind of plug-in.
+
+Plug-ins come in through entry points or a decorator; the core knows none of them by name. Duplicates raise,
+unknown names list what exists, and a plug-in that cannot be imported is kept as a named failure: it raises when
+somebody asks for it and does not take the others down.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from widthkit.errors import PluginError, close_matches
+
+T = TypeVar("T")
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What ``widthkit plugins`` shows of one plug-in."""
+
+    kind: str
+    name: str
+    summary: str
+    distribution: str
+    error: str | None = None
+
+
+class Registry(Generic[T]):
+    """Named plug-ins of one kind.
+
+    Args:
+        kind: The word used in messages, such as ``"strategy"``.
+        group: The entry-point group, such as ``"widthkit.strategies"``.
+        base: The class that every plug-in must subclass, or ``None`` for plain callables.
+
+    >>> rules = Registry("rule", "widthkit.example_rules", None)
+    >>> @rules.register("twice")
+    ... def twice(x):
+    ...     "Double a number."
+    ...     return 2 * x
+    >>> rules.get("twice")(4), rules.names()
+    (8, ['twice'])
+    """
+
+    def __init__(self, kind: str, group: str, base: type | None) -> None:
+        self.kind = kind
+        self.group = group
+        self.base = base
+        self._items: dict[str, T] = {}
+        self._owner: dict[str, str] = {}
+        self._failed: dict[str, str] = {}
+        self._scanned = False
+
+    def register(self, name: str) -> Callable[[P], P]:
+        """Return a decorator that registers a plug-in under ``name``.
+
+        Raises:
+            PluginError: If the name is taken or the object is not of the registry's kind.
+        """
+
+        def add(item: P) -> P:
+            self._scan()
+            self._add(name, item, getattr(item, "__module__", "?"))
+            return item
+
+        return add
+
+    def get(self, name: str) -> T:
+        """Return the plug-in called ``name``.
+
+        Raises:
+            PluginError: If there is none (with the close matches), or if it could not be imported.
+        """
+        self._scan()
+        if name in self._failed:
+            raise PluginError(self._failed[name])
+        if name not in self._items:
+            raise PluginError(f"unknown {self.kind} '{name}': {close_matches(name, self._items)}")
+        return self._items[name]
+
+    def names(self) -> list[str]:
+        """List the usable names in alphabetical order."""
+        self._scan()
+        return sorted(self._items)
+
+    def infos(self) -> Iterator[PluginInfo]:
+        """Describe every plug-in, broken ones included."""
+        self._scan()
+        for name in self.names():
+            doc = (inspect.getdoc(self._items[name]) or "").strip().splitlines()
+            yield PluginInfo(self.kind, name, doc[0] if doc else "(no description)", self._owner[name])
+        for name, error in sorted(self._failed.items()):
+            yield PluginInfo(self.kind, name, "", self._owner.get(name, "?"), error)
+
+    def _add(self, name: str, item: object, owner: str) -> None:
+        if name in self._items and self._items[name] is not item:
+            raise PluginError(
+                f"{self.kind} '{name}' of {owner} is already registered by {self._owner[name]}; rename one of them"
+            )
+        if self.base is not None and not (inspect.isclass(item) and issubclass(item, self.base)):
+            raise PluginError(f"{self.kind} '{name}' of {owner} must be a subclass of {self.base.__name__}")
+        if inspect.isclass(item) and inspect.isabstract(item):
+            missing = ", ".join(sorted(item.__abstractmethods__))
+            raise PluginError(f"{self.kind} '{name}' of {owner} leaves {missing} undefined")
+        self._items[name] = item  # type: ignore[assignment]
+        self._owner[name] = owner
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        for point in sorted(entry_points(group=self.group), key=lambda p: (p.name, _distribution(p))):
+            self._load(point)
+
+    def _load(self, point: EntryPoint) -> None:
+        owner = _distribution(point)
+        try:
+            self._add(point.name, point.load(), owner)
+        except PluginError as error:
+            self._fail(point.name, owner, str(error))
+        except Exception as error:
+            self._fail(point.name, owner, f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+    def _fail(self, name: str, owner: str, why: str) -> None:
+        # A broken duplicate must not hide the working plug-in that had the name first.
+        key = name if name not in self._items else f"{name} ({owner})"
+        self._failed[key] = f"{self.kind} '{name}' of the package {owner} cannot be used: {why}"
+        self._owner.setdefault(key, owner)
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "?"

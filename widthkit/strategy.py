@@ -1,0 +1,98 @@
+"""What a sharing strategy is: which units stand for a width, how many a layer needs, how a step trains.
+
+Strategies live outside the core and come in through the entry-point group ``widthkit.strategies``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from widthkit.errors import OptionError
+from widthkit.graph import IntArray
+from widthkit.registry import Registry
+from widthkit.space import GroupChoices
+from widthkit.train.step import StepContext
+
+if TYPE_CHECKING:
+    from widthkit.supernet import Supernet
+
+Path = Mapping[str, IntArray]
+"""One sub-network: group name -> the units it uses."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step costs, in runs of a sub-network."""
+
+    forwards: int
+    backwards: int
+
+
+class Strategy(ABC):
+    """Answers the three questions of weight sharing. Subclasses are frozen dataclasses of their options."""
+
+    @abstractmethod
+    def capacity(self, choices: GroupChoices) -> int:
+        """How many units the supernet holds for a group, at least its widest choice."""
+
+    @abstractmethod
+    def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
+        """Which units stand for a width: one array ``[width]`` of ascending unit indices per path."""
+
+    @abstractmethod
+    def train_step(self, net: Supernet, step: StepContext) -> Tensor:
+        """Run forwards and backwards for one batch and return the loss to show, detached."""
+
+    @abstractmethod
+    def combine(self, scores: Sequence[float]) -> float:
+        """Turn the scores of all paths of a width into one."""
+
+    @property
+    @abstractmethod
+    def cost(self) -> StepCost:
+        """Forwards and backwards of one training step."""
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "widthkit.strategies", Strategy)
+register = STRATEGIES.register
+
+
+def can_distill(outputs: Any, targets: Any) -> bool:
+    """Whether outputs are class scores ``[N, C, ...]`` for integer targets, so that a soft output can teach."""
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.ndim >= 2
+        and not targets.is_floating_point()
+        and outputs.shape[1] > 1
+        and targets.shape == (outputs.shape[0], *outputs.shape[2:])
+    )
+
+
+def make_strategy(strategy: str | Strategy, options: Mapping[str, Any]) -> Strategy:
+    """Return the strategy itself, or build the one registered under a name.
+
+    Raises:
+        PluginError: If no strategy has that name.
+        OptionError: If it does not take one of the options.
+    """
+    return build(STRATEGIES, strategy, options)  # type: ignore[no-any-return]
+
+
+def build(registry: Registry[Any], plugin: Any, options: Mapping[str, Any]) -> Any:
+    """Build a registered plug-in by name; an instance passes as it is when no options come with it."""
+    if not isinstance(plugin, str):
+        if options:
+            raise OptionError(f"options {sorted(options)} go with a {registry.kind} name, not with an instance")
+        return plugin
+    cls = registry.get(plugin)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        known = ", ".join(getattr(cls, "__dataclass_fields__", {})) or "none"
+        raise OptionError(f"{registry.kind} '{plugin}': {error}; its options are: {known}") from None

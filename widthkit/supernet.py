@@ -1,0 +1,233 @@
+"""The weight-sharing net: one set of weights, every width vector of a space a sub-network of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from widthkit.borrow import Borrower
+from widthkit.errors import OptionError, TraceError, WidthsError
+from widthkit.graph import ChannelGraph, IntArray, Kept
+from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
+from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
+from widthkit.strategy import Path, Strategy, make_strategy
+from widthkit.structure import architecture, structure
+from widthkit.trace import trace
+from widthkit.train.modes import call_model
+from widthkit.train.step import StepContext
+
+_CACHED_PLANS = 64
+
+
+class Supernet(nn.Module):
+    """A model whose channel groups can be run at any width of a search space.
+
+    Calling it runs the active sub-network: the model itself at first, another one after :meth:`set_widths`.
+
+    Args:
+        model: The dense model; it is copied and stays as it is.
+        graph: Its channel graph.
+        space: The widths to choose from.
+        strategy: Which units stand for a width, and how a step trains.
+        seed: Seeds the values of channels that the model does not have yet.
+
+    Attributes:
+        model: The widest network, which holds all weights.
+        graph: The channel graph of the model as it was given; it prices all widths.
+        space: The search space.
+        strategy: The sharing strategy.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, space: SearchSpace, strategy: Strategy, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        capacities = _capacities(space, strategy)
+        plan, self.wide_graph = grow(graph, capacities)
+        self.model = apply_plan(model, plan, seed=seed)
+        self.training = model.training
+        self.dense_structure = structure(model)
+        self.dense_architecture = architecture(model)
+        self.graph = graph
+        self.space = space
+        self.strategy = strategy
+        self.seed = seed
+        self._choices = {g.name: g for g in space.groups}
+        self._borrower = Borrower(self.model)
+        self._prepared: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
+        self._active: Path = {name: np.arange(width) for name, width in graph.full.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active sub-network."""
+        with self._borrower.lend(self._prepare(self._active)):
+            return self.model(*args, **kwargs)
+
+    def paths(self, widths: Mapping[str, int]) -> list[dict[str, IntArray]]:
+        """List the sub-networks that stand for a width vector; groups that are not named are as in the model.
+
+        Raises:
+            WidthsError: If a group is unknown or a width exceeds its group's widest choice.
+        """
+        per_group = []
+        unknown = set(widths) - set(self._choices)
+        if unknown:
+            kept_units(self.graph, {min(unknown): 1})
+        for name, choices in self._choices.items():
+            width = widths.get(name, choices.width)
+            if not 1 <= width <= choices.widest:
+                raise WidthsError(f"group '{name}': width {width} is outside 1..{choices.widest}, the supernet's range")
+            per_group.append(self.strategy.paths(width, choices))
+        if not per_group:
+            return [{}]
+        return [dict(zip(self._choices, units, strict=True)) for units in zip(*per_group, strict=True)]
+
+    def set_widths(self, widths: Kept | None = None, path: int = 0) -> Supernet:
+        """Make a sub-network the active one and return the supernet.
+
+        Args:
+            widths: Group name -> width, or the units themselves for every group; ``None`` is the model as given.
+            path: Which of the strategy's paths for these widths.
+
+        Raises:
+            WidthsError: If the widths do not fit.
+        """
+        self._active = self.units(widths, path)
+        return self
+
+    def units(self, widths: Kept | None, path: int = 0) -> dict[str, IntArray]:
+        """Return the supernet's units that stand for widths (or for explicit units) on one path."""
+        given = dict(widths or {})
+        explicit = {n: v for n, v in given.items() if not isinstance(v, (int, np.integer))}
+        plain = {n: int(v) for n, v in given.items() if isinstance(v, (int, np.integer)) and not isinstance(v, bool)}
+        paths = self.paths(plain)
+        if not 0 <= path < len(paths):
+            raise WidthsError(f"path {path} does not exist; the strategy has {len(paths)} per width")
+        units = paths[path]
+        checked = kept_units(self.wide_graph, explicit)
+        for name in explicit:
+            if int(checked[name][-1]) >= self.wide_graph.full[name]:
+                raise WidthsError(f"group '{name}': unit {checked[name][-1]} is past the supernet's end")
+            units[name] = checked[name]
+        return units
+
+    def plan(self, units: Path | None = None) -> Plan:
+        """Return the plan of a sub-network, the active one by default."""
+        return make_plan(self.wide_graph, units if units is not None else self._active)
+
+    def forward_on(self, units: Path, step: StepContext) -> Any:
+        """Run one sub-network on a training batch, under the step's precision."""
+        with self._borrower.lend(self._prepare(units)), step.amp():
+            return call_model(self.model, step.inputs)
+
+    def run(self, units: Path, inputs: Any) -> Any:
+        """Run one sub-network on inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
+        with self._borrower.lend(self._prepare(units)):
+            return call_model(self.model, inputs)
+
+    def train_step(self, step: StepContext) -> Tensor:
+        """Let the strategy train one batch; returns the loss to show."""
+        return self.strategy.train_step(self, step)
+
+    def rng(self, step: StepContext) -> np.random.Generator:
+        """Return the generator of a step, seeded from the step's own so that processes draw differently."""
+        return np.random.default_rng(int(torch.randint(2**62, (1,), generator=step.generator)))
+
+    @property
+    def direct_gradients(self) -> bool:
+        """Whether gradients of slices are added in place; turn off for ``torch.autograd.grad`` or hooks."""
+        return self._borrower.direct
+
+    @direct_gradients.setter
+    def direct_gradients(self, value: bool) -> None:
+        self._borrower.direct = value
+
+    def _prepare(self, units: Path) -> Any:
+        key = tuple(np.ascontiguousarray(units[name]).tobytes() for name in self.wide_graph.group_names)
+        if key not in self._prepared:
+            self._prepared[key] = self._borrower.compile(make_plan(self.wide_graph, units))
+            if len(self._prepared) > _CACHED_PLANS:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+    def extra_repr(self) -> str:
+        """Show strategy and space."""
+        return f"strategy={self.strategy}, groups={len(self._choices)}, space={self.space.size:.3g}"
+
+
+def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
+    capacities = {}
+    for choices in space.groups:
+        capacity = strategy.capacity(choices)
+        if capacity < choices.widest:
+            raise OptionError(
+                f"strategy {type(strategy).__name__} gives group '{choices.name}' {capacity} units, "
+                f"fewer than its widest choice {choices.widest}"
+            )
+        capacities[choices.name] = max(capacity, choices.width)
+    return capacities
+
+
+def make_supernet(
+    model: nn.Module,
+    strategy: str | Strategy = "bc",
+    *,
+    example_inputs: Any = None,
+    graph: ChannelGraph | None = None,
+    space: SearchSpace | None = None,
+    k: int = 20,
+    bins: float | None = None,
+    min_width: Limit = 1,
+    max_width: Limit = "1x",
+    divisor: int = 1,
+    fixed: Mapping[str, int] | None = None,
+    freeze: Sequence[str] = (),
+    free_outputs: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Supernet:
+    """Turn any model into a weight-sharing supernet.
+
+    Args:
+        model: Any ``nn.Module``; it is copied and stays as it is.
+        strategy: Name of a registered strategy, or an instance.
+        example_inputs: As in :func:`widthkit.trace`; inferred where possible.
+        graph: A channel graph of this model, if it has been traced already.
+        space: A search space; the next six arguments build one otherwise.
+        k: Evenly spaced choices per group.
+        bins: If given, FLOPs-sensitive bins with this beta instead of ``k`` choices.
+        min_width: Narrowest width: units, or a ratio such as ``"0.15x"``.
+        max_width: Widest width; ``"1.5x"`` makes the supernet wider than the model.
+        divisor: Widths are multiples of this, except the widest.
+        fixed: Group name -> the one width that it keeps.
+        freeze: Module paths or patterns whose output widths stay.
+        free_outputs: Let the model's outputs vary in width.
+        seed: Seeds the values of channels that the model does not have yet.
+        **options: Options of the strategy.
+
+    Returns:
+        The supernet, an ``nn.Module``.
+
+    Raises:
+        WidthkitError: If anything does not fit; the model is unchanged.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> net = make_supernet(model, "bc", example_inputs=(1, 3, 8, 8), k=4)
+    >>> net.set_widths({"0": 2})(torch.zeros(1, 3, 8, 8)).shape
+    torch.Size([1, 4, 4, 4])
+    """
+    chosen = make_strategy(strategy, options)
+    if graph is None:
+        graph = trace(model, example_inputs, freeze=freeze, free_outputs=free_outputs)
+    if not graph.group_names:
+        raise TraceError(f"{type(model).__name__} has no channel group that can vary; widthkit trace shows the reasons")
+    if space is None:
+        limits: dict[str, Any] = dict(min_width=min_width, max_width=max_width, divisor=divisor, fixed=fixed)
+        space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
+    return Supernet(model, graph, space, chosen, seed=seed)

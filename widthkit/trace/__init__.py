@@ -1,0 +1,160 @@
+"""Find the channel groups of a model by running it on labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from widthkit.clone import meta_clone, real_clone
+from widthkit.errors import ModelError, TraceError, WidthkitError
+from widthkit.graph import ChannelGraph
+from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, under as _under
+from widthkit.trace.context import RunState, flat_tensors
+from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates
+from widthkit.trace.probe import Draft, probe
+from widthkit.trace.recorder import record, to_device
+
+__all__ = ["trace"]
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    freeze: Sequence[str] = (),
+    only: Sequence[str] = (),
+    free_outputs: bool = False,
+) -> ChannelGraph:
+    """Find out which channels of a model belong together.
+
+    The model itself is never run or changed: the trace works on a copy on the meta device (no memory, no
+    arithmetic), or on a real copy where a model's control flow depends on values.
+
+    Args:
+        model: Any ``nn.Module``.
+        example_inputs: A tensor, a shape such as ``(1, 3, 224, 224)``, a tuple of arguments, or a mapping of keyword
+            arguments. ``None`` reads timm's and torchvision's metadata or tries common image sizes.
+        freeze: Module paths or patterns (``"head"``, ``"layer4.*"``) whose output widths stay.
+        only: If given, the output widths of all other modules stay.
+        free_outputs: Let the model's outputs vary in width (backbones).
+
+    Returns:
+        The channel graph; its MACs are per example.
+
+    Raises:
+        ModelError: If the model cannot run on the example input.
+        TraceError: If a pattern matches no module or the groups cannot be found.
+
+    >>> from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> graph = trace(net, (1, 3, 8, 8))
+    >>> graph.full, graph.macs(), graph.macs({"0": 4})
+    ({'0': 8}, 12384, 6192)
+    """
+    _refuse_wrappers(model)
+    for text, patterns in (("freeze", freeze), ("only", only)):
+        if isinstance(patterns, str):
+            raise TraceError(f"{text}= takes a list of module paths, not a string; write {text}=['{patterns}']")
+    first = _first_run(model, example_inputs)
+    _freeze_by_name(first.draft, freeze, only)
+    if not free_outputs:
+        for labels in first.output_labels:
+            first.draft.run.store.freeze(labels, "model output; free_outputs=True lets it vary")
+    first.draft.free_outputs = free_outputs
+    return probe(first.draft)
+
+
+@dataclasses.dataclass
+class _FirstRun:
+    draft: Draft
+    output_labels: list[Any]
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected an nn.Module, got {type(model).__name__}")
+    name = type(model).__name__
+    if name in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise ModelError(f"{name} wraps the model; pass model.module instead")
+    if name == "OptimizedModule" or hasattr(model, "_orig_mod"):
+        raise ModelError("the model is compiled; pass the original module (model._orig_mod) and compile the result")
+    if any(type(p).__name__ in ("UninitializedParameter", "UninitializedBuffer") for p in model.parameters()):
+        raise ModelError(f"{name} has lazy parameters without a shape; run it once on a batch, then pass it again")
+
+
+def _first_run(model: nn.Module, example: Any) -> _FirstRun:
+    """Run a copy on the meta device; where that fails for every example input, run a real copy."""
+    options = [as_inputs(example)] if example is not None else list(candidates(model))
+    failure = "no input was tried"
+    for device, clone in (("meta", meta_clone), ("cpu", real_clone)):
+        for inputs in options:
+            try:
+                return _run_copy(clone(model), inputs, device)
+            except WidthkitError:
+                raise
+            except Exception as error:
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    what = "the given example_inputs" if example is not None else "any example input that was tried"
+    raise ModelError(f"{type(model).__name__} does not run on {what} ({failure}); pass example_inputs=")
+
+
+def _run_copy(model: nn.Module, inputs: Inputs, device: str) -> _FirstRun:
+    model.eval()
+    run = RunState()
+    seeds = seed_labels(model, run)
+    placed = to_device(inputs, device)
+    outputs = record(model, placed, run, [])
+    batch = batch_size(inputs)
+    notes = _also_in_training(model, placed, run)
+    freeze_unused(model, run, seeds)
+    found = flat_tensors((outputs,))
+    labels = [labels for t in found for labels in run.dims_of(t) if labels is not None]
+    draft = Draft(model, placed, batch, run, seeds, [tuple(t.shape) for t in found], notes=notes)
+    return _FirstRun(draft, labels)
+
+
+def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[str]:
+    """Run once more in training mode when evaluation left parameters out, such as auxiliary heads."""
+    tensors = {id(t) for t in model.parameters()}
+    if tensors <= run.used:
+        return []
+    costs, attributes = list(run.costs), list(run.attributes)
+    try:
+        model.train()
+        record(model, _doubled(inputs), run, [])
+        return ["some modules run in training mode only; both modes were traced"]
+    except Exception:
+        return []
+    finally:
+        model.eval()
+        run.costs[:] = costs
+        known = {(a.module, a.name, a.element) for a in attributes}
+        run.attributes[:] = attributes + [a for a in run.attributes if (a.module, a.name, a.element) not in known]
+
+
+def _doubled(inputs: Inputs) -> Inputs:
+    """Return a batch of two, since batch norm in training mode refuses single values."""
+    twice: Inputs = tree_map_only(Tensor, lambda t: t.repeat(2, *(1,) * (t.ndim - 1)) if t.ndim else t, inputs)
+    return twice
+
+
+def _freeze_by_name(draft: Draft, freeze: Sequence[str], only: Sequence[str]) -> None:
+    missed = freeze_matching(draft.model, draft.run, draft.seeds, freeze, "frozen by the user")
+    if only:
+        chosen = {m for m in {n.rpartition(".")[0] for n in draft.seeds.labels} if any(_under(m, p) for p in only)}
+        missed += [p for p in only if not any(_under(m, p) for m in chosen)]
+        for name, labels in draft.seeds.labels.items():
+            if name.rpartition(".")[0] not in chosen and _produces(draft.model, name) and labels[0] is not None:
+                draft.run.store.freeze(labels[0], "not among only=")
+    if missed:
+        raise TraceError(f"'{missed[0]}' matches no module with parameters; see model.named_modules()")
+
+
+def _produces(model: nn.Module, name: str) -> bool:
+    """Whether a tensor makes channels (a weight matrix or kernel) rather than follows them (a norm or a bias)."""
+    return model.get_parameter(name).ndim > 1 if name in dict(model.named_parameters()) else False

@@ -1,0 +1,265 @@
+"""From the record of a run to a channel graph."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from widthkit.clone import all_names, named_tensors
+from widthkit.cost import CostModel, Polynomial, Term
+from widthkit.graph import AttributeInfo, ChannelGraph, IntArray, Positions, TensorInfo
+from widthkit.trace.components import Components
+from widthkit.trace.context import RunState
+from widthkit.trace.labels import Labels
+
+
+@dataclass
+class Seeds:
+    """The labels that the model's own tensors started with: tensor name -> per dim labels or ``None``."""
+
+    labels: dict[str, tuple[Labels | None, ...]]
+
+
+def seed_labels(model: nn.Module, run: RunState) -> Seeds:
+    """Label every dim of every floating-point parameter and buffer of a copy of the model."""
+    seeds: dict[str, tuple[Labels | None, ...]] = {}
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_floating_point():
+            run.set_dims(tensor, tuple(run.store.new(n) if n > 1 else None for n in tensor.shape))
+            seeds[name] = run.dims_of(tensor)
+    return Seeds(seeds)
+
+
+def freeze_unused(model: nn.Module, run: RunState, seeds: Seeds) -> list[str]:
+    """Freeze parameters that the run never touched; return their names."""
+    unused = []
+    for name, tensor in named_tensors(model).items():
+        if name in seeds.labels and id(tensor) not in run.used:
+            for labels in seeds.labels[name]:
+                if labels is not None:
+                    run.store.freeze(labels, "not used in the traced run")
+            unused.append(name)
+    return unused
+
+
+def freeze_matching(model: nn.Module, run: RunState, seeds: Seeds, patterns: Iterable[str], reason: str) -> list[str]:
+    """Freeze the widths that modules produce (dim 0 of their tensors); return the patterns that match nothing."""
+    missed = []
+    for pattern in patterns:
+        hit = False
+        for name, labels in seeds.labels.items():
+            module = name.rpartition(".")[0]
+            if under(module, pattern):
+                hit = True
+                if labels and labels[0] is not None:
+                    run.store.freeze(labels[0], reason)
+        if not hit:
+            missed.append(pattern)
+    return missed
+
+
+def under(module: str, pattern: str) -> bool:
+    """Whether a module path matches a pattern or lies below a module that does.
+
+    >>> under("layer4.0.conv1", "layer4"), under("layer40", "layer4"), under("layer4.1", "layer*.1")
+    (True, False, True)
+    """
+    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"{pattern}.*")
+
+
+@dataclass(frozen=True)
+class _Units:
+    """``group[c]`` and ``rank[c]`` of every component; -1 where it is fixed."""
+
+    names: tuple[str, ...]
+    widths: IntArray
+    group: IntArray
+    rank: IntArray
+
+    def positions(self, components: IntArray) -> Positions:
+        group = self.group[components]
+        return Positions(group, np.where(group >= 0, self.rank[components], 0))
+
+
+def build_graph(
+    model: nn.Module,
+    run: RunState,
+    seeds: Seeds,
+    solved: Components,
+    *,
+    batch: int,
+    extra_frozen: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> ChannelGraph:
+    """Assemble the graph.
+
+    Args:
+        model: The copy that was run.
+        run: Its record.
+        seeds: The labels its tensors started with.
+        solved: Units and frozen components.
+        batch: Batch size of the example input; MACs are per example.
+        extra_frozen: Names of groups that the probe found to be stuck -> reason.
+        notes: What the tracer wants people to know.
+    """
+    tensors = named_tensors(model)
+    parameters = {name for name, _ in model.named_parameters()}
+    unit = solved.unit
+    reasons = dict(solved.frozen)
+    units = _group_units(seeds, unit, reasons, parameters, extra_frozen or {})
+    aliases = all_names(model)
+    infos = {
+        name: _tensor_info(name, tensor, seeds, units, unit, name in parameters, tuple(aliases[name][1:]))
+        for name, tensor in tensors.items()
+    }
+    attributes = _attributes(run, units, unit)
+    frozen = _frozen_report(infos, seeds, unit, reasons, units)
+    cost = _cost(run, infos, units, unit, batch)
+    return ChannelGraph(units.names, units.widths, infos, attributes, frozen, cost, tuple(notes))
+
+
+def _group_units(
+    seeds: Seeds, unit: Labels, reasons: dict[int, str], parameters: set[str], extra: Mapping[str, str]
+) -> _Units:
+    """Group components that occur equally often at the same tensor dims."""
+    columns: list[IntArray] = []
+    where: list[tuple[str, int]] = []
+    for name, dims in seeds.labels.items():
+        for dim, labels in enumerate(dims):
+            if labels is not None:
+                columns.append(unit[labels])
+                where.append((name, dim))
+    n = int(unit.max()) + 1
+    group = np.full(n, -1, dtype=np.int64)
+    rank = np.zeros(n, dtype=np.int64)
+    if not columns:
+        return _Units((), np.zeros(0, dtype=np.int64), group, rank)
+    members = _signatures(columns, n, set(reasons), {i for i, (name, _) in enumerate(where) if name in parameters})
+    names: list[str] = []
+    widths: list[int] = []
+    for first, components in members:
+        name = _unique_name(where[first][0].rpartition(".")[0] or where[first][0], names)
+        if len(components) == 1:
+            reasons.setdefault(int(components[0]), f"{name}: everything here is coupled into a single unit")
+            continue
+        if name in extra:
+            for component in components.tolist():
+                reasons[component] = extra[name]
+            names.append(f"{name} (frozen)")
+            widths.append(0)
+            continue
+        group[components] = len(names)
+        rank[components] = np.arange(len(components))
+        names.append(name)
+        widths.append(len(components))
+    return _compact(names, widths, group, rank)
+
+
+def _compact(names: list[str], widths: list[int], group: IntArray, rank: IntArray) -> _Units:
+    """Leave out the places of frozen groups, whose names stay reserved so that others keep theirs."""
+    alive = [i for i, width in enumerate(widths) if width]
+    renumber = np.full(len(names) + 1, -1, dtype=np.int64)
+    renumber[alive] = np.arange(len(alive))
+    return _Units(
+        tuple(names[i] for i in alive), np.array([widths[i] for i in alive], dtype=np.int64), renumber[group], rank
+    )
+
+
+def _signatures(
+    columns: list[IntArray], n: int, frozen: set[int], in_parameters: set[int]
+) -> list[tuple[int, IntArray]]:
+    """Return ``(first site, components in the order of their first position)`` of every group, in site order."""
+    sites = np.concatenate([np.full(len(c), i, dtype=np.int64) for i, c in enumerate(columns)])
+    components = np.concatenate(columns)
+    first_seen = np.full(n, np.iinfo(np.int64).max, dtype=np.int64)
+    np.minimum.at(first_seen, components, np.arange(len(components)))
+    pairs, counts = np.unique(components * len(columns) + sites, return_counts=True)
+    owner, site = pairs // len(columns), pairs % len(columns)
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    groups: dict[bytes, tuple[int, list[int]]] = {}
+    for start, stop in zip(starts, [*starts[1:], len(owner)], strict=True):
+        component = int(owner[start])
+        own_sites = site[start:stop]
+        if component in frozen or not in_parameters.intersection(own_sites.tolist()):
+            continue
+        key = own_sites.tobytes() + b"|" + counts[start:stop].tobytes()
+        groups.setdefault(key, (int(own_sites[0]), []))[1].append(component)
+    ordered = [(first, np.array(sorted(m, key=lambda c: first_seen[c]))) for first, m in groups.values()]
+    return sorted(ordered, key=lambda item: int(first_seen[item[1][0]]))
+
+
+def _unique_name(name: str, taken: list[str]) -> str:
+    """Number the groups that start at the same module: ``conv``, ``conv:2``...
+
+    >>> _unique_name("conv", ["conv"])
+    'conv:2'
+    """
+    used = {t.removesuffix(" (frozen)") for t in taken}
+    candidate, count = name, 1
+    while candidate in used:
+        count += 1
+        candidate = f"{name}:{count}"
+    return candidate
+
+
+def _tensor_info(
+    name: str, tensor: Tensor, seeds: Seeds, units: _Units, unit: Labels, is_parameter: bool, aliases: tuple[str, ...]
+) -> TensorInfo:
+    dims: list[Positions | None] = []
+    for labels in seeds.labels.get(name, (None,) * tensor.ndim):
+        positions = None if labels is None else units.positions(unit[labels])
+        dims.append(positions if positions is not None and positions.searchable else None)
+    return TensorInfo(name, tuple(tensor.shape), tuple(dims), is_parameter, aliases)
+
+
+def _attributes(run: RunState, units: _Units, unit: Labels) -> tuple[AttributeInfo, ...]:
+    found: dict[tuple[str, str, int | None], AttributeInfo] = {}
+    for record in run.attributes:
+        positions = units.positions(unit[record.labels])
+        key = (record.module, record.name, record.element)
+        if positions.searchable and key not in found:
+            found[key] = AttributeInfo(*key, positions)
+    return tuple(found.values())
+
+
+def _frozen_report(
+    infos: Mapping[str, TensorInfo], seeds: Seeds, unit: Labels, reasons: Mapping[int, str], units: _Units
+) -> dict[str, str]:
+    """Say for every dim that is not, or not wholly, searchable why it is not."""
+    report: dict[str, str] = {}
+    for name, info in infos.items():
+        own = seeds.labels.get(name, (None,) * len(info.shape))
+        for dim, labels in enumerate(own):
+            key = f"{name}[{dim}]"
+            if labels is None:
+                report[key] = "size 1" if info.shape[dim] == 1 else "not a floating-point tensor"
+                continue
+            components = unit[labels]
+            stuck = components[units.group[components] < 0]
+            if len(stuck):
+                why = reasons.get(int(stuck[0]), "no parameter depends on it")
+                partly = "" if len(stuck) == len(components) else f"{len(stuck)} of {len(components)} positions: "
+                report[key] = partly + why
+    return report
+
+
+def _cost(run: RunState, infos: Mapping[str, TensorInfo], units: _Units, unit: Labels, batch: int) -> CostModel:
+    n = len(units.names)
+
+    def form(positions: Positions) -> IntArray:
+        return positions.affine(n, units.widths)
+
+    macs = [
+        Term(c.module, c.operator, c.scale, tuple(form(units.positions(unit[f])) for f in c.factors)) for c in run.costs
+    ]
+    params = []
+    for info in infos.values():
+        if info.is_parameter:
+            scale = int(np.prod([s for s, d in zip(info.shape, info.dims, strict=True) if d is None], dtype=np.int64))
+            forms = tuple(form(d) for d in info.dims if d is not None)
+            params.append(Term(info.name.rpartition(".")[0], info.name, scale, forms))
+    return CostModel(Polynomial.of(macs, n, batch), Polynomial.of(params, n))

@@ -1,0 +1,80 @@
+"""Example inputs: given by the user, read from the model's metadata, or found by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthkit.errors import ModelError
+
+Inputs = tuple[Any, ...]
+_CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+def as_inputs(example: Any) -> Inputs:
+    """Normalise what a user may pass: a tensor, a shape, a tuple of arguments, or a mapping of keyword arguments.
+
+    >>> as_inputs((1, 3, 32, 32))[0].shape
+    torch.Size([1, 3, 32, 32])
+    """
+    if isinstance(example, Tensor):
+        return (example,)
+    if isinstance(example, Mapping):
+        return (dict(example),)
+    if isinstance(example, (tuple, list)) and example and all(isinstance(n, int) for n in example):
+        return (torch.randn(tuple(example), generator=torch.Generator().manual_seed(0)),)
+    if isinstance(example, (tuple, list)) and example:
+        return tuple(example)
+    raise ModelError(f"example_inputs must be a tensor, a shape, a tuple of arguments or a mapping, not {example!r}")
+
+
+def candidates(model: nn.Module) -> Iterator[Inputs]:
+    """Yield example inputs worth trying, best first: the model's own metadata, then common image sizes."""
+    tried = set()
+    for shape in _shapes(model):
+        if shape not in tried:
+            tried.add(shape)
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            yield (example,)
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    channels, spatial = _stem(model)
+    for name in ("pretrained_cfg", "default_cfg"):
+        size = (getattr(model, name, None) or {}).get("input_size")
+        if size is not None and len(size) == 3:
+            yield (1, channels if spatial == 2 else size[0], *size[1:])
+    if spatial == 3:
+        yield (1, channels, 16, 112, 112)
+        yield (1, channels, 8, 32, 32)
+    elif spatial == 1:
+        yield (1, channels, 1024)
+    else:
+        image_size = getattr(model, "image_size", None)
+        if isinstance(image_size, int):
+            yield (1, channels, image_size, image_size)
+        for size in (224, 256, 299, 64, 32):
+            yield (1, channels, size, size)
+
+
+def _stem(model: nn.Module) -> tuple[int, int]:
+    """Input channels and spatial dims of the first convolution; three and two when there is none."""
+    for module in model.modules():
+        for kind, spatial in _CONVS.items():
+            if isinstance(module, kind):
+                return module.in_channels, spatial
+    return 3, 2
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Return dim 0 of the first tensor, or the length of a list of images."""
+    for value in inputs[0].values() if isinstance(inputs[0], dict) else inputs:
+        if isinstance(value, Tensor) and value.ndim:
+            return int(value.shape[0])
+        if isinstance(value, (list, tuple)) and value:
+            return len(value)
+    return 1

@@ -1,0 +1,92 @@
+"""Labels: one integer for every position of every tensor dim, and what the run says about them.
+
+A tensor carries, per dim, either ``None`` (a fixed size: batch, space, time) or an array ``[size]`` of labels. Rules
+record *ties* (kept or dropped together), *freezes* (never dropped, with a reason) and *choices* (a shape demand that
+can be met in several ways, such as a view that splits 384 channels into 6 heads of 64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.int64]
+Dims = tuple["Labels | None", ...]
+
+CONSTANT = 0
+"""The label of positions that no tensor of the model owns, such as the zeros that padding adds."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to meet a shape demand.
+
+    Args:
+        name: A word for messages, such as ``"groups"``.
+        ties: Pairs of equally long label arrays.
+        freezes: Label arrays that stay fixed when this alternative is taken.
+    """
+
+    name: str
+    ties: tuple[tuple[Labels, Labels], ...]
+    freezes: tuple[Labels, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A shape demand with alternatives; the solver takes the one that leaves the most units free."""
+
+    path: str
+    where: str
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass
+class LabelStore:
+    """Hands out labels and collects ties, freezes and choices in the order of the traced run."""
+
+    size: int = 1
+    ties: list[tuple[Labels, Labels]] = field(default_factory=list)
+    freezes: list[tuple[Labels, str]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.freeze(np.array([CONSTANT]), "constant padding")
+
+    def new(self, size: int) -> Labels:
+        """Return ``[size]`` fresh labels."""
+        labels = np.arange(self.size, self.size + size, dtype=np.int64)
+        self.size += size
+        return labels
+
+    def tie(self, a: Labels, b: Labels, reason: str = "meets constant padding") -> None:
+        """Tie ``a[i]`` with ``b[i]``; what meets a constant is frozen, so that constants do not tie strangers."""
+        assert a.shape == b.shape, (a.shape, b.shape)
+        if a is b or not a.size:
+            return
+        loose = (a != CONSTANT) & (b != CONSTANT)
+        if not loose.all():
+            self.freeze(np.concatenate([a[~loose], b[~loose]]), reason)
+            a, b = a[loose], b[loose]
+        differ = a != b
+        if differ.any():
+            self.ties.append((a[differ], b[differ]))
+
+    def freeze(self, labels: Labels, reason: str) -> None:
+        """Say that these positions are never dropped, and why."""
+        if labels.size:
+            self.freezes.append((np.unique(labels), reason))
+
+    def choose(self, path: str, where: str, alternatives: Iterable[Alternative]) -> None:
+        """Record a shape demand of the module at ``path`` that can be met in several ways."""
+        options = tuple(alternatives)
+        if len(options) == 1:
+            for a, b in options[0].ties:
+                self.tie(a, b)
+            for labels in options[0].freezes:
+                self.freeze(labels, where)
+        else:
+            self.choices.append(Choice(path, where, options))

@@ -1,0 +1,62 @@
+"""Coupling rules: one function per operator family, found by operator name.
+
+Built-in rules live in the modules of this package; strangers add theirs through the entry-point group
+``widthkit.rules`` or the decorator ``widthkit.trace.rules.RULES.register("my_operator")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from widthkit.registry import Registry
+from widthkit.trace.context import OpContext
+
+Rule = Callable[[OpContext], None]
+RULES: Registry[Rule] = Registry("rule", "widthkit.rules", None)
+_BUILTIN: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register one of widthkit's own rules for several operator names."""
+
+    def add(function: Rule) -> Rule:
+        for name in names:
+            assert name not in _BUILTIN, name
+            _BUILTIN[name] = function
+        return function
+
+    return add
+
+
+def find(func: torch._ops.OpOverload) -> Rule | None:
+    """Return the rule for an operator: a stranger's, a built-in one, or the element-wise rule by ATen's own tag."""
+    name = func.overloadpacket.__name__
+    if name in _user_rules():
+        return RULES.get(name)
+    if name in _BUILTIN:
+        return _BUILTIN[name]
+    bare = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    if bare in _BUILTIN:
+        return _BUILTIN[bare]
+    if torch.Tag.pointwise in func.tags:
+        return _BUILTIN["pointwise"]
+    return None
+
+
+def known() -> Iterable[str]:
+    """List the operator names that have a rule of their own."""
+    return sorted({*_BUILTIN, *_user_rules()})
+
+
+def _user_rules() -> list[str]:
+    return RULES.names()
+
+
+def load_builtin() -> None:
+    """Import the modules that hold the built-in rules."""
+    from widthkit.trace.rules import contract, convolve, move, normalize, pointwise, reduce, resize  # noqa: F401
+
+
+load_builtin()

@@ -1,0 +1,364 @@
+"""Data movement: labels move exactly as the data does.
+
+Regrouping views are solved block by block; every other operator is executed, as it is, on a tensor of labels, and
+the labels of the result are read off. No rule per operator is needed, so ``roll``, ``flip``, ``unfold`` and the like
+are exact by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from widthkit.trace.context import OpContext, flat_tensors
+from widthkit.trace.labels import Alternative, Dims, Labels
+from widthkit.trace.rules import rule
+
+
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "_reshape_alias",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "ravel",
+    "squeeze",
+    "unsqueeze",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "expand_dims",
+)
+def reshape(ctx: OpContext) -> None:
+    """Regroup dims; the result's shape says how."""
+    x = ctx.tensors()[0]
+    ctx.set(ctx.out, regroup(ctx, ctx.dims(x), tuple(x.shape), tuple(ctx.out.shape)))
+
+
+def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split a reshape into the smallest blocks ``(dims before, dims after)`` of equal products; size 1 is left out.
+
+    >>> blocks((2, 8, 7, 7), (2, 392))
+    [([0], [0]), ([1, 2, 3], [1])]
+    """
+    left = [d for d, n in enumerate(before) if n != 1]
+    right = [d for d, n in enumerate(after) if n != 1]
+    found = []
+    i = j = 0
+    while i < len(left):
+        a, b = [left[i]], [right[j]]
+        n, m = before[left[i]], after[right[j]]
+        i, j = i + 1, j + 1
+        while n != m:
+            if n < m:
+                a.append(left[i])
+                n *= before[left[i]]
+                i += 1
+            else:
+                b.append(right[j])
+                m *= after[right[j]]
+                j += 1
+        found.append((a, b))
+    return found
+
+
+def regroup(ctx: OpContext, dims: Dims, before: tuple[int, ...], after: tuple[int, ...]) -> Dims:
+    """Return the labels of a reshaped tensor."""
+    result: list[Labels | None] = [None] * len(after)
+    if 0 in before or 0 in after:
+        return tuple(result)
+    for a, b in blocks(before, after):
+        if len(a) == 1 and len(b) == 1:
+            result[b[0]] = dims[a[0]]
+        elif any(dims[d] is not None for d in a):
+            flat = _merge(ctx, [dims[d] for d in a], [before[d] for d in a])
+            for d, labels in zip(b, _split(ctx, flat.reshape([after[d] for d in b])), strict=True):
+                result[d] = labels
+    return tuple(result)
+
+
+def _merge(ctx: OpContext, parts: list[Labels | None], sizes: list[int]) -> Labels:
+    """Merge dims into one: with one labelled dim its labels repeat, with several one of them stays free."""
+    grids = []
+    for axis, labels in enumerate(parts):
+        if labels is not None:
+            shape = [1] * len(sizes)
+            shape[axis] = sizes[axis]
+            grids.append(np.broadcast_to(labels.reshape(shape), sizes).reshape(-1))
+    if len(grids) == 1:
+        return grids[0]
+    merged = ctx.new(len(grids[0]))
+    labelled = [labels for labels in parts if labels is not None]
+    ctx.choose(
+        f"merges {len(grids)} channel dims",
+        [
+            Alternative(
+                f"dim of size {len(labels)}",
+                ((merged, grid),),
+                tuple(other for other in labelled if other is not labels),
+            )
+            for labels, grid in zip(labelled, grids, strict=True)
+        ],
+    )
+    return merged
+
+
+def _split(ctx: OpContext, grid: Labels) -> list[Labels | None]:
+    """Give every axis of a label grid labels of its own.
+
+    A grid that varies along one axis is labelled there. Along several axes, one factor stays free and the others
+    are kept whole, because what remains must again be a full rectangle.
+    """
+    result: list[Labels | None] = [None] * grid.ndim
+    varying = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis=axis)).any()]
+    if len(varying) == 1:
+        axis = varying[0]
+        result[axis] = np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)[:, 0]
+    elif varying:
+        fresh = {axis: ctx.new(grid.shape[axis]) for axis in varying}
+        alternatives = []
+        for axis in sorted(varying, key=lambda a: -a):
+            shape = [1] * grid.ndim
+            shape[axis] = grid.shape[axis]
+            own = np.broadcast_to(fresh[axis].reshape(shape), grid.shape).reshape(-1)
+            others = tuple(fresh[a] for a in varying if a != axis)
+            alternatives.append(Alternative(f"factor {grid.shape[axis]}", ((grid.reshape(-1), own),), others))
+        sizes = " x ".join(str(grid.shape[a]) for a in varying)
+        ctx.choose(f"splits channels into {sizes}", alternatives)
+        for axis, labels in fresh.items():
+            result[axis] = labels
+    return result
+
+
+@rule("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint", "select")
+def permute(ctx: OpContext) -> None:
+    """Reorder or drop dims: run the operator on strides that name the dims."""
+    x = ctx.tensors()[0]
+    names = tuple(range(1, x.ndim + 1))
+    probe = torch.empty_strided(tuple(x.shape), names, device="meta")
+    moved = ctx.func(probe, *_rest(ctx))
+    dims = ctx.dims(x)
+    if ctx.name == "select":
+        ctx.freeze(dims[int(ctx.arg("dim")) % x.ndim], "picks one position of this dim")
+    ctx.set(ctx.out, tuple(dims[stride - 1] for stride in moved.stride()))
+
+
+def _rest(ctx: OpContext) -> list[object]:
+    """Arguments after the first, in the order of the schema."""
+    return [ctx.arg(a.name) for a in ctx.func._schema.arguments[1:]]
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(ctx: OpContext) -> None:
+    """Dims that keep their size keep their labels."""
+    x = ctx.tensors()[0]
+    lead = ctx.out.ndim - x.ndim
+    same = [None if x.shape[d] != ctx.out.shape[d + lead] else ctx.dims(x)[d] for d in range(x.ndim)]
+    ctx.set(ctx.out, (*(None,) * lead, *same))
+
+
+@rule("broadcast_tensors", "meshgrid")
+def broadcast_tensors(ctx: OpContext) -> None:
+    """Expand several tensors to one shape."""
+    for x, out in zip(ctx.tensors(), ctx.outputs(), strict=True):
+        lead = out.ndim - x.ndim
+        same = [None if x.shape[d] != out.shape[d + lead] else ctx.dims(x)[d] for d in range(x.ndim)]
+        ctx.set(out, (*(None,) * lead, *same))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(ctx: OpContext) -> None:
+    """Concatenate labels along one dim and tie the others."""
+    parts = [t for t in ctx.tensors() if t.numel() or t.ndim > 1]
+    axis = int(ctx.arg("dim", 0)) % ctx.out.ndim
+    result: list[Labels | None] = []
+    for d in range(ctx.out.ndim):
+        if d != axis:
+            result.append(ctx.match(*[(ctx.dims(t)[d], t.shape[d]) for t in parts]))
+            continue
+        sides = [ctx.dims(t)[d] for t in parts]
+        if all(labels is None for labels in sides):
+            result.append(None)
+            continue
+        pieces = []
+        for labels, t in zip(sides, parts, strict=True):
+            if labels is None:
+                labels = ctx.new(t.shape[d])
+                ctx.freeze(labels, "concatenates a part of fixed size")
+            pieces.append(labels)
+        result.append(np.concatenate(pieces))
+    ctx.set(ctx.out, tuple(result))
+
+
+@rule("stack", "hstack", "vstack", "dstack", "column_stack")
+def stack(ctx: OpContext) -> None:
+    """Tie what is stacked; the new dim is fixed."""
+    parts = ctx.tensors()
+    if ctx.name != "stack":
+        for t in parts:
+            ctx.freeze_tensor(t, "stacks along a dim that depends on the shape")
+        return
+    dims = [ctx.match(*[(ctx.dims(t)[d], t.shape[d]) for t in parts]) for d in range(parts[0].ndim)]
+    axis = int(ctx.arg("dim", 0)) % ctx.out.ndim
+    ctx.set(ctx.out, (*dims[:axis], None, *dims[axis:]))
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")
+def split(ctx: OpContext) -> None:
+    """Cut one dim. Equal parts must stay equal, so they are tied position by position."""
+    x = ctx.tensors()[0]
+    axis = int(ctx.arg("dim", 0)) % x.ndim
+    dims, start = ctx.dims(x), 0
+    labels = dims[axis]
+    explicit = isinstance(ctx.arg("split_size", ctx.arg("split_sizes", ctx.arg("indices"))), (list, tuple))
+    pieces = ctx.outputs()
+    sizes = {p.shape[axis] for p in pieces}
+    for piece in pieces:
+        part = None if labels is None else labels[start : start + piece.shape[axis]]
+        if part is not None and not explicit:
+            if len(sizes) > 1:
+                ctx.freeze(part, "cuts this dim into unequal parts")
+            elif start:
+                assert labels is not None
+                ctx.run.store.tie(labels[: len(part)], part)
+        ctx.set(piece, (*dims[:axis], part, *dims[axis + 1 :]))
+        start += piece.shape[axis]
+
+
+@rule("unbind")
+def unbind(ctx: OpContext) -> None:
+    """Take every position of a dim apart: that dim is fixed, the others are shared."""
+    x = ctx.tensors()[0]
+    axis = int(ctx.arg("dim", 0)) % x.ndim
+    dims = ctx.dims(x)
+    ctx.freeze(dims[axis], "takes this dim apart")
+    for piece in ctx.outputs():
+        ctx.set(piece, (*dims[:axis], *dims[axis + 1 :]))
+
+
+@rule("glu")
+def glu(ctx: OpContext) -> None:
+    """Gate one half of a dim with the other: the halves are tied."""
+    x = ctx.tensors()[0]
+    axis = int(ctx.arg("dim", -1)) % x.ndim
+    dims = ctx.dims(x)
+    half = dims[axis]
+    if half is not None:
+        n = len(half) // 2
+        ctx.run.store.tie(half[:n], half[n:])
+        half = half[:n]
+    ctx.set(ctx.out, (*dims[:axis], half, *dims[axis + 1 :]))
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def shuffle(ctx: OpContext) -> None:
+    """Spell a shuffle as view, permute, view, which is what it is."""
+    x = ctx.tensors()[0]
+    *lead, c, h, w = x.shape
+    n = len(lead)
+    if ctx.name == "pixel_shuffle":
+        r = int(ctx.arg("upscale_factor"))
+        middle, order = (*lead, c // (r * r), r, r, h, w), (n, n + 3, n + 1, n + 4, n + 2)
+    elif ctx.name == "pixel_unshuffle":
+        r = int(ctx.arg("downscale_factor"))
+        middle, order = (*lead, c, h // r, r, w // r, r), (n, n + 2, n + 4, n + 1, n + 3)
+    else:
+        g = int(ctx.arg("groups"))
+        middle, order = (*lead, g, c // g, h, w), (n + 1, n, n + 2, n + 3)
+    dims = regroup(ctx, ctx.dims(x), tuple(x.shape), tuple(middle))
+    perm = (*range(n), *order)
+    moved = tuple(dims[p] for p in perm)
+    ctx.set(ctx.out, regroup(ctx, moved, tuple(middle[p] for p in perm), tuple(ctx.out.shape)))
+
+
+@rule("index")
+def index(ctx: OpContext) -> None:
+    """Pick positions by integer tensors. Where their values are known the labels are picked too, else the dim stays."""
+    x, indices = ctx.arg("self"), ctx.arg("indices")
+    if all(i is None or i.device.type != "meta" for i in indices) and ctx.dims(x) != (None,) * x.ndim:
+        execute(ctx)
+        return
+    dims = ctx.dims(x)
+    picked = [d for d, i in enumerate(indices) if i is not None]
+    for d in picked:
+        ctx.freeze(dims[d], "is indexed by positions")
+    n_new = ctx.out.ndim - (x.ndim - len(picked))
+    rest = [labels for d, labels in enumerate(dims) if d not in picked]
+    together = picked == list(range(picked[0], picked[-1] + 1)) if picked else True
+    at = picked[0] if picked and together else 0
+    masks = any(i is not None and i.dtype == torch.bool for i in indices)
+    if masks or len(rest) + n_new != ctx.out.ndim:
+        for labels in dims:
+            ctx.freeze(labels, "is indexed by a mask")
+        return
+    ctx.set(ctx.out, (*rest[:at], *(None,) * n_new, *rest[at:]))
+
+
+@rule(
+    "slice",
+    "narrow",
+    "narrow_copy",
+    "index_select",
+    "roll",
+    "flip",
+    "rot90",
+    "pad",
+    "constant_pad_nd",
+    "repeat",
+    "tile",
+    "repeat_interleave",
+    "unfold",
+    "diagonal",
+    "tril",
+    "triu",
+    "im2col",
+    "take_along_dim",
+)
+def execute(ctx: OpContext) -> None:
+    """Execute the operator on the labels themselves, one labelled dim at a time."""
+    x = ctx.tensors()[0]
+    dims = ctx.dims(x)
+    if any(t.device.type == "meta" for t in ctx.tensors()[1:]):
+        ctx.freeze_tensor(x, "is indexed by values that the trace does not know")
+        return
+    results = [[None] * out.ndim for out in ctx.outputs()]
+    for d, labels in enumerate(dims):
+        if labels is None:
+            continue
+        for found, out in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
+            for e, moved in enumerate(_split(ctx, out)):
+                if moved is not None and found[e] is None:
+                    found[e] = moved  # type: ignore[call-overload]
+                elif moved is not None:
+                    ctx.freeze(moved, "merges two channel dims")
+                    ctx.freeze(found[e], "merges two channel dims")
+    for found, out in zip(results, ctx.outputs(), strict=True):
+        ctx.set(out, tuple(found))
+
+
+def _run_on_labels(ctx: OpContext, labels: Labels, d: int, shape: tuple[int, ...]) -> list[Labels]:
+    """Run the operator on a tensor that holds the labels of one dim and is broadcast along the others."""
+    column = [1] * len(shape)
+    column[d] = shape[d]
+    carrier: Tensor = torch.from_numpy(labels.copy()).reshape(column).expand(shape)
+    rest = [_integer_fill(value, name) for name, value in zip(_names(ctx)[1:], _rest(ctx), strict=True)]
+    if ctx.name == "pad":
+        rest = [ctx.arg("pad"), "constant", 0] if ctx.arg("mode", "constant") == "constant" else rest
+        if ctx.arg("mode", "constant") != "constant":
+            carrier = carrier.double()
+    return [out.long().numpy() for out in flat_tensors((ctx.func(carrier, *rest),))]
+
+
+def _names(ctx: OpContext) -> list[str]:
+    return [a.name for a in ctx.func._schema.arguments]
+
+
+def _integer_fill(value: object, name: str) -> object:
+    """Padding values become 0, the label of constants."""
+    return 0 if name == "value" else value

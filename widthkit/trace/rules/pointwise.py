@@ -1,0 +1,165 @@
+"""Element-wise operators tie what meets; creating and copying operators."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from widthkit.trace.context import OpContext
+from widthkit.trace.labels import Labels
+from widthkit.trace.rules import rule
+
+
+def broadcast_tie(ctx: OpContext, tensors: list[Tensor], out: Tensor) -> tuple[Labels | None, ...]:
+    """Tie the operands dim by dim under NumPy's broadcasting rules and return the labels of the result."""
+    result: list[Labels | None] = []
+    for back in range(out.ndim, 0, -1):
+        sides = [(ctx.dims(t)[-back], t.shape[-back]) for t in tensors if t.ndim >= back]
+        size = out.shape[-back]
+        result.append(ctx.match(*[s for s in sides if s[1] == size]) if size != 1 else None)
+    return tuple(result)
+
+
+@rule(
+    "pointwise",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "native_dropout",
+    "bernoulli",
+    "relu6",
+    "selu",
+    "celu",
+    "mish",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "log_sigmoid",
+    "softplus",
+    "softsign",
+    "leaky_relu",
+    "rrelu",
+    "gelu",
+    "silu",
+    "elu",
+    "threshold",
+    "clamp",
+    "clip",
+    "type_as",
+    "to",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "positive",
+    "square",
+    "where",
+    "masked_fill",
+    "copysign",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "nan_to_num",
+    "float_power",
+    "true_divide",
+    "subtract",
+    "multiply",
+    "divide",
+    "logical_not",
+    "isnan",
+    "isfinite",
+    "view_dtype",
+    "real",
+    "requires_grad",
+    "resolve_conj",
+    "resolve_neg",
+    "cpu",
+    "cuda",
+    "float",
+    "half",
+    "softmax_backward",
+)
+def pointwise(ctx: OpContext) -> None:
+    """Tie all operands with one another; dims that broadcast are left alone."""
+    tensors = ctx.tensors()
+    for out in ctx.outputs():
+        if all(t.ndim <= out.ndim for t in tensors):
+            ctx.set(out, broadcast_tie(ctx, tensors, out))
+        else:
+            for t in tensors:
+                ctx.freeze_tensor(t, "has operands of more dims than its result")
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "normalize")
+def same_shape(ctx: OpContext) -> None:
+    """Mix positions of one dim and keep its size: permutation-equivariant, so labels pass."""
+    ctx.set(ctx.out, ctx.dims(ctx.tensors()[0]))
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(ctx: OpContext) -> None:
+    """Tie the slopes with the channels."""
+    x, weight = ctx.tensors()[:2]
+    dims = list(ctx.dims(x))
+    if weight.numel() > 1:
+        ctx.match((dims[1], x.shape[1]), (ctx.dims(weight)[-1 if weight.ndim == 1 else 1], weight.numel()))
+        ctx.attribute("num_parameters", dims[1])
+    ctx.set(ctx.out, tuple(dims))
+
+
+@rule("copy")
+def copy(ctx: OpContext) -> None:
+    """Write one tensor into another: what is written must keep the place's size."""
+    target, source = ctx.tensors()[:2]
+    ctx.set(ctx.out, broadcast_tie(ctx, [target, source], target))
+
+
+@rule(
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "arange",
+    "linspace",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "scalar_tensor",
+    "eye",
+    "tril_indices",
+    "triu_indices",
+    "randperm",
+    "hann_window",
+    "empty_strided",
+    "new_empty_strided",
+)
+def create(ctx: OpContext) -> None:
+    """Give a fresh tensor fresh labels: its sizes follow whatever is written into it."""
+    for out in ctx.outputs():
+        like = ctx.tensors()[0] if ctx.name.endswith("_like") and ctx.tensors() else None
+        ctx.set(out, ctx.dims(like) if like is not None else tuple(ctx.new(n) if n > 1 else None for n in out.shape))
+
+
+@rule("sym_size", "sym_numel", "sym_stride", "size", "dim", "numel", "is_nonzero", "_local_scalar_dense", "item")
+def ask(ctx: OpContext) -> None:
+    """Questions about a tensor that return Python values tie nothing."""
+
+
+@rule("fill", "zero", "uniform", "normal", "trunc_normal", "random", "record_stream", "set")
+def overwrite(ctx: OpContext) -> None:
+    """Overwrite a tensor in place with values of its own shape."""
+    for out in ctx.outputs():
+        if id(out) not in ctx.run.dims and ctx.tensors():
+            ctx.set(out, ctx.dims(ctx.tensors()[0]))

@@ -1,0 +1,52 @@
+"""Pooling and resizing: batch and channels pass, the dims that are resized must be fixed."""
+
+from __future__ import annotations
+
+import re
+
+from widthkit.trace.context import OpContext
+from widthkit.trace.labels import Labels
+from widthkit.trace.rules import rule
+
+
+@rule(
+    *(f"{kind}{n}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool") for n in (1, 2, 3)),
+    *(f"{kind}{n}d" for kind in ("_adaptive_avg_pool", "mkldnn_max_pool", "fractional_max_pool") for n in (2, 3)),
+    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
+    *(f"max_unpool{n}d" for n in (2, 3)),
+    *(f"upsample_nearest{n}d" for n in (1, 2, 3)),
+    *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
+    *(f"{kind}{n}d" for kind in ("reflection_pad", "replication_pad") for n in (1, 2, 3)),
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_linear1d",
+    "upsample_trilinear3d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "_upsample_lanczos2d_aa",
+)
+def resize(ctx: OpContext) -> None:
+    """Let all dims before the spatial ones pass and freeze what is resized."""
+    found = re.search(r"(\d)d", ctx.name)
+    assert found is not None
+    n = int(found.group(1))
+    x = ctx.tensors()[0]
+    dims = ctx.dims(x)
+    space: list[Labels | None] = []
+    for d in range(x.ndim - n, x.ndim):
+        same = ctx.outputs()[0].shape[d] == x.shape[d] and ctx.name.startswith(("upsample", "_upsample"))
+        if not same:
+            ctx.freeze(dims[d], "resizes this dim")
+        space.append(dims[d] if same else None)
+    for out in ctx.outputs():
+        ctx.set(out, (*dims[: x.ndim - n], *space))
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sample(ctx: OpContext) -> None:
+    """Batch and channels of the input pass; the grid is coordinates."""
+    x, grid = ctx.tensors()[:2]
+    dims = ctx.dims(x)
+    for labels in (*dims[2:], *ctx.dims(grid)[1:]):
+        ctx.freeze(labels, "samples this dim by coordinates")
+    ctx.set(ctx.out, (dims[0], dims[1], *(None,) * (ctx.out.ndim - 2)))
