@@ -1,0 +1,135 @@
+"""Data sets that serve whole batches at once: from memory, or from image files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from widthkit.train.images import crop_and_flip, decode, resize
+
+# Above this, resized copies are made batch by batch: CIFAR-10 at 224 pixels would fill 7.5 GB.
+_RESIZED_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How stored pixels become what a model sees.
+
+    Attributes:
+        size: Height and width.
+        channels: Channels the model takes; grey pixels are repeated.
+        mean: Per stored channel, in grey levels of 0..255.
+        std: Likewise.
+        augment: Whether to crop (and flip) at random.
+        flip: Whether mirrored images make sense.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool
+    flip: bool
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Augment and normalise ``(N, c, H, W)`` uint8 pixels into ``(N, channels, H, W)`` float32 images."""
+        if self.augment:
+            pixels = crop_and_flip(pixels, self.flip)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        images = pixels.float().sub_(mean).div_(std)
+        return images.expand(-1, self.channels, -1, -1).contiguous()
+
+
+class Rows(list[tuple[Tensor, int]]):
+    """Samples of one batch, as any collate function takes them, with the whole batch beside them."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__(zip(images.unbind(0), labels.tolist(), strict=True))
+        self.batch = (images, labels)
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """Make a batch; samples that came as one batch need no work.
+
+    >>> collate(Rows(torch.zeros(2, 1), torch.tensor([3, 4])))[1]
+    tensor([3, 4])
+    """
+    return samples.batch if isinstance(samples, Rows) else default_collate(list(samples))
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
+    """Images with integer labels; items are ``(float32 [channels, H, W], int)``.
+
+    Args:
+        labels: ``(N,)``, int64.
+        preparation: What happens to the pixels.
+    """
+
+    def __init__(self, labels: Tensor, preparation: Preparation) -> None:
+        self.labels = labels
+        self.preparation = preparation
+
+    @abstractmethod
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Return the stored images at ``indices`` ``(n,)``: ``(n, c, H, W)``, uint8."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside a data set of {len(self)}")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Rows:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return Rows(self.preparation.apply(self.pixels(index)), self.labels[index])
+
+
+class ArrayDataset(ImageDataset):
+    """Images in memory.
+
+    Args:
+        images: ``(N, c, H, W)``, uint8, in their stored size.
+        labels: ``(N,)``, int64.
+        preparation: What happens to the pixels.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, preparation: Preparation) -> None:
+        super().__init__(labels, preparation)
+        height, width = preparation.size
+        small = images.shape[0] * images.shape[1] * height * width <= _RESIZED_BYTES
+        self.images = resize(images, preparation.size) if small else images
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Return the images at ``indices``, resized if that was left for later."""
+        return resize(self.images[indices], self.preparation.size)
+
+
+class FileDataset(ImageDataset):
+    """Images in files, read when they are asked for.
+
+    Args:
+        files: N paths.
+        labels: ``(N,)``, int64.
+        preparation: What happens to the pixels.
+    """
+
+    def __init__(self, files: Sequence[str], labels: Tensor, preparation: Preparation) -> None:
+        super().__init__(labels, preparation)
+        self.files = tuple(files)
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Read the images at ``indices``.
+
+        Raises:
+            DataError: If a file is no readable image.
+        """
+        size, stored = self.preparation.size, len(self.preparation.mean)
+        return torch.stack([decode(self.files[index], size, stored) for index in indices.tolist()])

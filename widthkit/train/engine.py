@@ -1,0 +1,107 @@
+"""Train any module, or a supernet that trains itself, with Hugging Face Accelerate and timm's optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthkit.train import parallel
+from widthkit.train.loop import Run
+from widthkit.train.losses import cross_entropy
+from widthkit.train.modes import checked_device, training_flags
+from widthkit.train.optim import make_optimizer
+from widthkit.train.result import TrainResult, prepare_out, read_run
+from widthkit.train.settings import Settings, check_loader, fingerprint
+
+
+def train(
+    net: nn.Module,
+    loader: Iterable[Any],
+    epochs: int,
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: str = "sgd",
+    lr: float = 0.05,
+    weight_decay: float = 1e-4,
+    momentum: float = 0.9,
+    schedule: str = "cosine",
+    warmup_epochs: int = 0,
+    clip_grad: float | None = None,
+    mixed_precision: str = "no",
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train ``net`` in place.
+
+    A module with a method ``train_step(step: StepContext) -> Tensor`` (a supernet) runs its own forwards and
+    backwards; any other gets one forward and one backward per batch. Started with ``torchrun``, the processes divide
+    each epoch of a ``DataLoader`` and average their gradients; other loaders must differ per process by themselves.
+
+    The state of the user's random generators is the same afterwards, and so are all training flags. An epoch depends
+    on ``seed`` and its number only, so a resumed run gives the same weights as one that was never stopped (on one
+    machine, as far as its kernels are deterministic). The module stays on the device it was trained on.
+
+    Args:
+        net: The module; what does not require a gradient is not trained.
+        loader: Gives batches ``(inputs, targets)``: a ``DataLoader``, or anything that can be iterated once per
+            epoch. Inputs are a tensor, a tuple (positional) or a dict (keywords).
+        epochs: Number of epochs of the whole run, at least 1.
+        loss: ``(outputs, targets) -> scalar tensor``; cross entropy when ``None``.
+        optimizer: A name of ``timm.optim.list_optimizers()``. As in timm, ``sgd`` has Nesterov momentum
+            (``momentum`` is plain SGD), and biases and norms get no weight decay.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        momentum: Momentum, for optimisers that have one.
+        schedule: ``cosine`` (to 0), ``step`` (divided by 10 after each third of the run) or ``constant``.
+        warmup_epochs: Epochs, out of ``epochs``, in which the rate rises from ``lr / 100``.
+        clip_grad: Largest norm of the whole gradient, or ``None``.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` (GPU only).
+        device: Such as ``cpu`` or ``cuda:1``; Accelerate's choice when ``None``.
+        seed: Seed of data order, augmentation, dropout and the strategy's random choices.
+        out: Folder for ``checkpoint.safetensors``, written after every epoch; nothing is written when ``None``.
+        resume: Continue from the checkpoint in ``out``; start from scratch if there is none. A finished run returns
+            at once, with its stored weights in ``net``.
+        progress: Show a bar on a terminal, else one line per epoch, on standard error.
+        on_epoch: Called after every epoch, in every process, with that epoch's entry of the history.
+
+    Returns:
+        The figures of all epochs, those before a resume included.
+
+    Raises:
+        OptionError: If an option makes no sense (nothing has changed then), or if the loss or a weight became
+            infinite or NaN (the module is then as the last epoch left it).
+        DataError: If the loader is empty or gives something that is not a batch.
+        ModelError: If there is nothing to train, or the outputs do not fit the loss.
+        CheckpointError: If the checkpoint is damaged, of a run with other settings, or cannot be written.
+
+    >>> net = nn.Linear(2, 2)
+    >>> batches = [(torch.eye(2), torch.tensor([0, 1]))] * 10
+    >>> result = train(net, batches, 4, lr=0.5, device="cpu", progress=False)
+    >>> result.accuracy, [round(entry["lr"], 3) for entry in result.history]
+    (1.0, [0.5, 0.427, 0.25, 0.073])
+    """
+    settings = Settings(
+        epochs, optimizer, lr, weight_decay, momentum, schedule, warmup_epochs, clip_grad, mixed_precision, seed
+    )
+    settings.check()
+    check_loader(loader)
+    target = checked_device(device)
+    made = make_optimizer(net, settings)
+    criterion = cross_entropy() if loss is None else loss
+    with training_flags(net), parallel.accelerator_scope(mixed_precision, target) as accelerator:
+        file = prepare_out(out)
+        mark = fingerprint(settings, net, loader, criterion, parallel.processes())
+        # Read and compared before the module moves or changes.
+        stored = read_run(file, mark) if resume and file is not None else None
+        run = Run(net, loader, settings, criterion, accelerator, made)
+        if stored is not None:
+            run.restore(stored)
+        return run.fit(file, mark, progress, on_epoch)

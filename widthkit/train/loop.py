@@ -1,0 +1,198 @@
+"""One training run: its state, its epochs, its updates."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from widthkit.errors import DataError, ModelError, OptionError
+from widthkit.train import parallel
+from widthkit.train.losses import Loss, count_correct
+from widthkit.train.modes import batch_size, split_batch
+from widthkit.train.optim import Schedule
+from widthkit.train.progress import TrainingBar
+from widthkit.train.result import Totals, TrainResult, figures, write_run
+from widthkit.train.rng import mix, seeded, seeded_generators
+from widthkit.train.settings import Settings, loader_length
+from widthkit.train.step import StepContext, plain_step
+
+# Reading the loss makes a GPU wait; a run that went wrong is noticed at most this many updates late.
+_LOOK_EVERY = 20
+
+
+class Run:
+    """A network under training, with all that a checkpoint must hold.
+
+    Args:
+        net: The module; it moves to the accelerator's device here.
+        loader: Gives batches; a ``DataLoader`` is divided among the processes.
+        settings: Checked settings.
+        loss: The criterion.
+        accelerator: Accelerate's engine.
+        optimizer: A plain optimiser over the module's parameters.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loader: Iterable[Any],
+        settings: Settings,
+        loss: Loss,
+        accelerator: Any,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.net, self.settings, self.loss, self.accelerator = net, settings, loss, accelerator
+        net.to(accelerator.device)
+        parallel.broadcast_module(net)
+        # Preparing may draw a seed for a shuffling loader: the same in every process, and not from the user's stream.
+        with seeded(mix(settings.seed)):
+            self.loader = accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
+        self.optimizer = accelerator.prepare(optimizer)
+        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self.schedule = Schedule(optimizer, settings, loader_length(self.loader))
+        self.step: Callable[[StepContext], Tensor] = (
+            net.train_step if hasattr(net, "train_step") else lambda context: plain_step(net, context)  # type: ignore[assignment]
+        )
+        self.done, self.updates = 0, 0
+        self.history: list[dict[str, float]] = []
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next epoch depends on."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "updates": self.updates,
+        }
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Continue where a checkpoint of the same run ends."""
+        state = stored["state"]
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.updates, self.done, self.history = state["updates"], stored["done"], stored["history"]
+
+    def fit(
+        self,
+        file: Path | None,
+        fingerprint: Mapping[str, Any],
+        progress: bool,
+        on_epoch: Callable[[dict[str, float]], None] | None,
+    ) -> TrainResult:
+        """Train the epochs that are left, with a checkpoint after each if there is a ``file``.
+
+        Raises:
+            OptionError: If the loss or a weight is no longer finite; the module is as the last epoch left it.
+            DataError: If the loader gives no batch, or something that is not a batch.
+        """
+        main = self.accelerator.is_main_process
+        updates = loader_length(self.loader)
+        with TrainingBar(progress and main, self.settings.epochs, updates, self.done) as bar:
+            while self.done < self.settings.epochs:
+                entry = self._epoch_or_roll_back(bar)
+                self.history.append(entry)
+                if file is not None and main:
+                    write_run(file, fingerprint, self.done, self.history, self.state())
+                parallel.wait_for_all()
+                bar.epoch_done(entry)
+                if on_epoch is not None:
+                    on_epoch(dict(entry))
+        return TrainResult(self.done, self.history)
+
+    def _epoch_or_roll_back(self, bar: TrainingBar) -> dict[str, float]:
+        before = _snapshot(self.net)
+        lr = self.schedule.lr
+        try:
+            entry = self._epoch(bar)
+        except FloatingPointError as error:
+            self.net.load_state_dict(before)
+            raise OptionError(
+                f"training diverged in epoch {self.done + 1}: {error}. The model is as the last epoch left it; "
+                f"lower lr (now {self.settings.lr:g}) or set clip_grad."
+            ) from None
+        finally:
+            self.optimizer.zero_grad()
+        self.done += 1
+        self.schedule.after_epoch(self.done)
+        return {"epoch": self.done, "loss": entry["loss"], "accuracy": entry["accuracy"], "lr": lr, **entry}
+
+    def _epoch(self, bar: TrainingBar) -> dict[str, float]:
+        totals, start = Totals(self.accelerator.device), time.perf_counter()
+        seed = mix(self.settings.seed, self.done)
+        self.net.train()
+        with seeded(mix(seed, parallel.process_index())), seeded_generators(self.loader, seed):
+            for count, batch in enumerate(self.loader, start=1):
+                self._update(batch, totals)
+                bar.advance(self.done)
+                if count % _LOOK_EVERY == 0:
+                    bar.figures(_finite_figures(totals, start))
+        if totals.images == 0:
+            raise DataError(f"the loader gave no batch in epoch {self.done + 1}; pass one that can be read repeatedly.")
+        parallel.average_buffers(self.net)
+        _check_weights(self.parameters)
+        return _finite_figures(totals, start)
+
+    def _update(self, batch: Any, totals: Totals) -> None:
+        inputs, targets = send_to_device(split_batch(batch), self.accelerator.device)
+        context = self._context(inputs, targets)
+        self.optimizer.zero_grad()
+        loss = self.step(context)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ModelError(f"the training step of {type(self.net).__name__} must return one loss, a scalar tensor.")
+        parallel.average_gradients(self.parameters)
+        if self.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip_grad)
+        self.optimizer.step()
+        self.updates += 1
+        self.schedule.after_update(self.updates)
+        totals.add(loss, count_correct(context.outputs, targets), batch_size(inputs))
+
+    def _context(self, inputs: Any, targets: Any) -> StepContext:
+        seed = mix(self.settings.seed, parallel.process_index(), self.updates)
+        return StepContext(
+            inputs=inputs,
+            targets=targets,
+            index=self.updates,
+            epoch=self.done,
+            loss=self.loss,
+            backward=self.accelerator.backward,
+            generator=torch.Generator().manual_seed(seed),
+            amp=self.accelerator.autocast,
+        )
+
+
+def _finite_figures(totals: Totals, start: float) -> dict[str, float]:
+    """Read the sums of all processes, so that all of them stop together when one has gone wrong."""
+    result = figures(parallel.sum_over_processes(totals.as_tensor()), time.perf_counter() - start)
+    if not math.isfinite(result["loss"]):
+        raise FloatingPointError(f"the loss is {result['loss']}")
+    return result
+
+
+def _check_weights(parameters: list[nn.Parameter]) -> None:
+    """Notice a last update that spoiled the weights after the last loss was computed."""
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all()
+    if not finite.item():
+        raise FloatingPointError("a weight is not finite")
+
+
+def _snapshot(net: nn.Module) -> dict[str, Any]:
+    """Copy a module's state to the CPU, where it costs no accelerator memory."""
+    return {
+        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        for name, value in net.state_dict().items()
+    }

@@ -1,0 +1,153 @@
+"""Losses and scores as pure functions of outputs and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widthkit.errors import DataError, ModelError, OptionError
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def cross_entropy(smoothing: float = 0.0) -> Loss:
+    """Make the default criterion: cross entropy with label smoothing, averaged over the batch.
+
+    The criterion takes ``outputs`` ``(N, C)`` or ``(N, C, ...)`` (or a tuple, mapping or object that holds such
+    logits, see :func:`main_output`) and ``targets``: class indices ``(N)`` or ``(N, ...)``, or class probabilities
+    of the outputs' shape.
+
+    Args:
+        smoothing: Share of the target's probability that is spread evenly over all classes, in ``[0, 1)``.
+
+    Returns:
+        A function ``(outputs, targets) -> scalar tensor``, in nats.
+
+    Raises:
+        OptionError: If ``smoothing`` is out of range.
+
+    >>> criterion = cross_entropy()
+    >>> round(float(criterion(torch.zeros(4, 10), torch.tensor([1, 2, 3, 4]))), 4)
+    2.3026
+    """
+    if not 0 <= smoothing < 1:
+        raise OptionError(f"label smoothing {smoothing} is outside [0, 1); 0.1 is usual.")
+
+    def criterion(outputs: Any, targets: Tensor) -> Tensor:
+        logits = main_output(outputs)
+        _check_classes(logits, targets)
+        targets = targets if targets.is_floating_point() else targets.long()
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+    criterion.__qualname__ = f"cross_entropy({smoothing})"
+    return criterion
+
+
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross entropy against a teacher's soft output: the in-place distillation loss of AutoSlim, section 3.
+
+    Args:
+        logits: ``(N, C)`` or ``(N, C, ...)``, the student's.
+        teacher_logits: The same shape; no gradient flows into them.
+
+    Returns:
+        The mean over the batch (and over positions, if any) of ``-sum(softmax(teacher) * log_softmax(student))``,
+        in nats.
+
+    Raises:
+        ModelError: If the shapes differ.
+
+    >>> even = torch.zeros(3, 4)
+    >>> round(float(soft_cross_entropy(even, even)), 4)  # log 4
+    1.3863
+    """
+    if logits.shape != teacher_logits.shape or logits.ndim < 2:
+        raise ModelError(
+            f"distillation needs logits (N, C, ...) of one shape, got {tuple(logits.shape)} for the student and "
+            f"{tuple(teacher_logits.shape)} for the teacher; use a strategy without distillation."
+        )
+    teacher = teacher_logits.detach().float().softmax(dim=1)
+    return -(teacher * logits.float().log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def accuracy(outputs: Any, targets: Any) -> float | None:
+    """Share of samples whose largest logit is the target's class (top-1), in ``[0, 1]``.
+
+    Args:
+        outputs: Logits ``(N, C)``, or something :func:`main_output` finds them in.
+        targets: Class indices ``(N)``.
+
+    Returns:
+        The share, or ``None`` if these are not class logits and class indices, or if there are no samples.
+
+    >>> accuracy(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))
+    0.5
+    >>> accuracy(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8)) is None
+    True
+    """
+    hits = count_correct(outputs, targets)
+    if hits is None or len(targets) == 0:
+        return None
+    return float(hits) / len(targets)
+
+
+def count_correct(outputs: Any, targets: Any) -> Tensor | None:
+    """Count the top-1 hits without waiting for the device.
+
+    Returns:
+        A scalar tensor on the outputs' device, or ``None`` if these are not class logits and class indices.
+
+    >>> count_correct(torch.eye(3), torch.tensor([0, 1, 1]))
+    tensor(2)
+    """
+    logits = _find_logits(outputs)
+    if logits is None or not isinstance(targets, Tensor) or logits.ndim != 2 or targets.ndim != 1:
+        return None
+    if len(logits) != len(targets) or logits.shape[1] == 0 or targets.is_floating_point():
+        return None
+    return (logits.detach().argmax(dim=1) == targets).sum()
+
+
+def main_output(outputs: Any) -> Tensor:
+    """Find the logits in what a model returns: a tensor, a tuple's first, ``.logits``, ``["logits"]``, ``["out"]``.
+
+    Raises:
+        ModelError: If there is no tensor in any of these places.
+
+    >>> main_output({"out": torch.zeros(1), "aux": torch.ones(1)})
+    tensor([0.])
+    """
+    found = _find_logits(outputs)
+    if found is None:
+        raise ModelError(f"cannot find logits in outputs of type {type(outputs).__name__}; pass loss=your_function.")
+    return found
+
+
+def _find_logits(outputs: Any) -> Tensor | None:
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits", outputs.get("out"))
+    elif not isinstance(outputs, Tensor):
+        outputs = getattr(outputs, "logits", outputs)
+    if isinstance(outputs, (tuple, list)) and outputs:
+        outputs = outputs[0]
+    return outputs if isinstance(outputs, Tensor) else None
+
+
+def _check_classes(logits: Tensor, targets: Tensor) -> None:
+    """Refuse what would end in an index error or, on a GPU, in a device assertion that kills the process."""
+    if logits.ndim < 2 or not isinstance(targets, Tensor):
+        raise ModelError(
+            f"cross entropy needs logits (N, C, ...) and class indices, got outputs {tuple(logits.shape)} and targets "
+            f"of type {type(targets).__name__}; pass loss=your_function."
+        )
+    # Reading the range would make a GPU wait in every step, so only the CPU's labels are checked.
+    if targets.is_floating_point() or targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(targets))
+    if high >= logits.shape[1] or (low < 0 and low != -100):
+        wrong, classes = (high if high >= logits.shape[1] else low), logits.shape[1]
+        raise DataError(f"label {wrong} does not fit the model's {classes} classes; set the model's num_classes.")

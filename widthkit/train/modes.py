@@ -1,0 +1,111 @@
+"""Small helpers around a module: its modes, its device, how to call it, how to read a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthkit.errors import DataError, OptionError
+
+
+@contextmanager
+def training_flags(model: nn.Module) -> Iterator[None]:
+    """Put every module's training flag back when the scope ends, whatever happened inside.
+
+    >>> net = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
+    >>> with training_flags(net):
+    ...     _ = net.eval()
+    >>> net[0].training, net[1].training
+    (True, False)
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Run ``model`` on a tensor, on a tuple or list of positional inputs, or on a dict of keyword inputs.
+
+    >>> call_model(nn.Bilinear(2, 2, 1), (torch.ones(3, 2), torch.ones(3, 2))).shape
+    torch.Size([3, 1])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Take a batch apart into ``(inputs, targets)``.
+
+    Raises:
+        DataError: If the batch is not a pair.
+
+    >>> split_batch(["images", "labels"])
+    ('images', 'labels')
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        shown = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise DataError(f"a batch must be a pair (inputs, targets), this loader gives a {shown}; wrap the loader.")
+    return batch[0], batch[1]
+
+
+def batch_size(inputs: Any) -> int:
+    """Count the samples of a batch: the length of the first tensor found in it.
+
+    Raises:
+        DataError: If there is no tensor with at least one dimension.
+
+    >>> batch_size({"pixels": torch.zeros(5, 3), "mask": None})
+    5
+    """
+    size = _first_length(inputs)
+    if size is None:
+        raise DataError(f"a batch of type {type(inputs).__name__} holds no tensor; return tensors from the loader.")
+    return size
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def checked_device(device: str | torch.device | None) -> torch.device | None:
+    """Read a device name and make sure that this machine has it.
+
+    Raises:
+        OptionError: If the name is not a device's, or the device is not there.
+
+    >>> checked_device("cpu")
+    device(type='cpu')
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as error:
+        raise OptionError(f"device '{device}' cannot be used here: {_first_line(error)}. Try device='cpu'.") from error
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _first_length(value: Any) -> int | None:
+    if isinstance(value, Tensor):
+        return int(value.shape[0]) if value.ndim else None
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return next((size for size in map(_first_length, parts) if size is not None), None)

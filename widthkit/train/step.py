@@ -1,0 +1,58 @@
+"""What one training step sees: the contract between the engine and a network that trains itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthkit.train.modes import call_model
+
+
+@dataclass
+class StepContext:
+    """One batch and the tools to learn from it.
+
+    A network with a method ``train_step(step: StepContext) -> Tensor`` does its own forwards and backwards: it runs
+    itself under ``step.amp()``, gives every loss to ``step.backward``, and returns the detached scalar loss to show.
+    The engine zeroes gradients before and updates weights after. Any other module gets :func:`plain_step`.
+
+    Attributes:
+        inputs: A tensor, or a tuple or dict of tensors, on the training device.
+        targets: What the loss compares the outputs with, on the training device.
+        index: Number of updates done before this one, counted over the whole run.
+        epoch: Number of epochs done before this one.
+        loss: The criterion, ``(outputs, targets) -> scalar tensor``.
+        backward: Computes gradients of a loss; they add up in ``.grad`` over calls.
+        generator: A CPU generator for the step's random choices. Its seed follows from the run's seed, the process
+            and ``index``: processes differ, a resumed run repeats.
+        amp: Makes the autocast scope for forwards; a scope that does nothing in full precision.
+        outputs: The step may put outputs here; the accuracy shown is theirs.
+    """
+
+    inputs: Any
+    targets: Any
+    index: int
+    epoch: int
+    loss: Callable[[Any, Any], Tensor]
+    backward: Callable[[Tensor], None]
+    generator: torch.Generator
+    amp: Callable[[], AbstractContextManager[Any]]
+    outputs: Any = None
+
+
+def plain_step(net: nn.Module, step: StepContext) -> Tensor:
+    """Run one forward and one backward of an ordinary module.
+
+    Returns:
+        The loss, a detached scalar.
+    """
+    with step.amp():
+        step.outputs = call_model(net, step.inputs)
+        loss = step.loss(step.outputs, step.targets)
+    step.backward(loss)
+    return loss.detach()
