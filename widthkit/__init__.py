@@ -1,7 +1,25 @@
 """widthkit: make any torchvision or timm model slimmer."""
 
+from widthkit.errors import WidthkitError
 from widthkit.export.dense import export
+from widthkit.models import create_model
+from widthkit.search.run import search
+from widthkit.strategy import Strategy
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.trace import trace
+from widthkit.train import load_data, make_loader, recalibrate, train
 
-__all__ = ["Supernet", "export", "make_supernet", "trace"]
+__all__ = [
+    "Strategy",
+    "Supernet",
+    "WidthkitError",
+    "create_model",
+    "export",
+    "load_data",
+    "make_loader",
+    "make_supernet",
+    "recalibrate",
+    "search",
+    "trace",
+    "train",
+]

@@ -51,6 +51,7 @@ class SearchSpace:
     Args:
         graph: Prices every width vector.
         groups: One entry per group, in the graph's order.
+        divisor: Widths are multiples of this, except the widest of a group.
 
     >>> from torch import nn
     >>> from widthkit.trace import trace
@@ -62,6 +63,7 @@ class SearchSpace:
 
     graph: ChannelGraph
     groups: tuple[GroupChoices, ...]
+    divisor: int = 1
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -214,7 +216,7 @@ def _space(
         if low <= width <= high:
             options.add(width)
         groups.append(GroupChoices(name, width, (fixed[name],) if name in fixed else tuple(sorted(options))))
-    return SearchSpace(graph, tuple(groups))
+    return SearchSpace(graph, tuple(groups), divisor)
 
 
 def resolve_limit(limit: Limit, width: int) -> int:

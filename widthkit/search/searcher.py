@@ -1,0 +1,63 @@
+"""What a searcher is: it proposes widths and is told their scores.
+
+Searchers live outside the core and come in through the entry-point group ``widthkit.searchers``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from widthkit.budget import Budget
+from widthkit.registry import Registry
+from widthkit.space import SearchSpace
+
+WidthVector = dict[str, int]
+
+
+class Searcher(ABC):
+    """Ask for widths, tell their scores, until :attr:`done`.
+
+    Args:
+        space: The widths to choose from.
+        budget: What the result may cost.
+        rng: The only source of randomness.
+    """
+
+    def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
+        self.space = space
+        self.budget = budget
+        self.rng = rng
+
+    @abstractmethod
+    def ask(self) -> list[WidthVector]:
+        """Propose the next widths to judge; an empty list when the search is done."""
+
+    @abstractmethod
+    def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
+        """Receive the scores (higher is better; NaN counts as worst) of all widths that were asked."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on later, as JSON values; the generator is kept by the caller."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether there is nothing left to ask."""
+
+    @property
+    @abstractmethod
+    def progress(self) -> float:
+        """How far the search has come, from 0 to 1; an estimate is fine."""
+
+
+SEARCHERS: Registry[type[Searcher]] = Registry("searcher", "widthkit.searchers", Searcher)
+register = SEARCHERS.register
