@@ -1,0 +1,1 @@
+"""The strategies and searchers that come with widthkit, written as a stranger would write them."""

@@ -2,23 +2,28 @@
 
 from widthkit.errors import WidthkitError
 from widthkit.export.dense import export
+from widthkit.export.save import load, save
 from widthkit.models import create_model
 from widthkit.search.run import search
 from widthkit.strategy import Strategy
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.trace import trace
 from widthkit.train import load_data, make_loader, recalibrate, train
+from widthkit.version import __version__
 
 __all__ = [
     "Strategy",
     "Supernet",
     "WidthkitError",
+    "__version__",
     "create_model",
     "export",
+    "load",
     "load_data",
     "make_loader",
     "make_supernet",
     "recalibrate",
+    "save",
     "search",
     "trace",
     "train",

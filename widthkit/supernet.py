@@ -99,6 +99,11 @@ class Supernet(nn.Module):
         self._active = self.units(widths, path)
         return self
 
+    @property
+    def active(self) -> dict[str, IntArray]:
+        """The units of the active sub-network."""
+        return dict(self._active)
+
     def units(self, widths: Kept | None, path: int = 0) -> dict[str, IntArray]:
         """Return the supernet's units that stand for widths (or for explicit units) on one path."""
         given = dict(widths or {})
@@ -228,6 +233,11 @@ def make_supernet(
     if not graph.group_names:
         raise TraceError(f"{type(model).__name__} has no channel group that can vary; widthkit trace shows the reasons")
     if space is None:
-        limits: dict[str, Any] = dict(min_width=min_width, max_width=max_width, divisor=divisor, fixed=fixed)
+        limits: dict[str, Any] = {
+            "min_width": min_width,
+            "max_width": max_width,
+            "divisor": divisor,
+            "fixed": fixed,
+        }
         space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
     return Supernet(model, graph, space, chosen, seed=seed)

@@ -1,0 +1,1 @@
+"""Benchmarks of widthkit itself: results are JSON with versions, device and date."""

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from widthkit.export.origin import Origin, after, origin_of, set_origin
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.plan import Plan, apply_plan, make_plan
-from widthkit.structure import Structure, architecture, structure
+from widthkit.structure import architecture, structure
 from widthkit.supernet import Supernet
 from widthkit.trace import trace
-
-_RECORD = "_widthkit_origin"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How a slim network came about, so that it can be rebuilt: the dense model's description and a plan.
-
-    Args:
-        graph: The channel graph of the dense model.
-        plan: The plan that made the slim network from it.
-        structure: Module tree of the dense model as text, to recognise it by.
-        architecture: The name that timm built the dense model under, if timm did.
-        path: Which of the supernet's paths the weights came from; 0 without a supernet.
-        notes: Anything the exporter wants kept, as JSON values.
-    """
-
-    graph: ChannelGraph
-    plan: Plan
-    structure: Structure
-    architecture: str | None = None
-    path: int = 0
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def export(
@@ -45,10 +23,10 @@ def export(
     path: int = 0,
     example_inputs: Any = None,
     graph: ChannelGraph | None = None,
-    freeze: tuple[str, ...] = (),
+    freeze: Sequence[str] = (),
     free_outputs: bool = False,
 ) -> nn.Module:
-    """Return a dense network of the given widths: same class, plain layers, no trace of widthkit in its forward.
+    """Return a dense network of the given widths: same class, plain layers, nothing of widthkit in its forward.
 
     Args:
         net: A model or a supernet; it stays as it is.
@@ -71,33 +49,41 @@ def export(
     Conv2d(3, 2, kernel_size=(3, 3), stride=(1, 1))
     """
     if isinstance(net, Supernet):
-        units = net.units(widths, path) if widths is not None else dict(net._active)
-        slim = apply_plan(net.model, net.plan(units))
-        origin_plan = _plan_from_dense(net, units)
-        origin = Origin(net.graph, origin_plan, net.dense_structure, net.dense_architecture, path)
-    else:
-        graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
-        plan = make_plan(graph, widths)
-        slim = apply_plan(net, plan)
-        origin = Origin(graph, plan, structure(net), architecture(net))
-    slim.__dict__[_RECORD] = origin
+        return _from_supernet(net, widths, path)
+    graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
+    plan = make_plan(graph, widths)
+    slim = apply_plan(net, plan)
+    origin = _origin(graph, plan, structure(net), architecture(net))
+    earlier = origin_of(net)
+    set_origin(slim, origin if earlier is None else after(earlier, origin))
     return slim
 
 
-def origin_of(slim: nn.Module) -> Origin | None:
-    """Return how a network was exported, or ``None`` if widthkit did not make it."""
-    return slim.__dict__.get(_RECORD)
+def _from_supernet(net: Supernet, widths: Kept | None, path: int) -> nn.Module:
+    units = net.active if widths is None else net.units(widths, path)
+    slim = apply_plan(net.model, net.plan(units))
+    origin = _origin(net.graph, _dense_plan(net, units), net.dense_structure, net.dense_architecture)
+    earlier = origin_of(net.model)
+    set_origin(slim, origin if earlier is None else after(earlier, origin))
+    return slim
 
 
-def _plan_from_dense(net: Supernet, units: dict[str, IntArray]) -> Plan:
-    """Plan the same shapes from the dense model: units that it does not have count as grown."""
+def _origin(graph: ChannelGraph, plan: Plan, dense: Any, name: str | None) -> Origin:
+    costs = graph.macs(plan.widths), graph.params(plan.widths), graph.macs(), graph.params()
+    return Origin(plan, dense, name, *costs)
+
+
+def _dense_plan(net: Supernet, units: dict[str, IntArray]) -> Plan:
+    """Plan the same shapes from the dense model, which lacks the units that a strategy added.
+
+    Only shapes matter here (the weights come from the supernet): a unit past the dense model's end is replaced by
+    one that it has, and counts as new when there is none left.
+    """
     own = net.graph.full
     kept: dict[str, IntArray] = {}
     for name, indices in units.items():
         inside = indices[indices < own[name]]
-        missing = len(indices) - len(inside)
-        free = np.setdiff1d(np.arange(own[name]), inside)[:missing]
-        inside = np.sort(np.concatenate([inside, free]))
-        extra = len(indices) - len(inside)
-        kept[name] = np.concatenate([inside, own[name] + np.arange(extra)])
+        spare = np.setdiff1d(np.arange(own[name]), inside)[: len(indices) - len(inside)]
+        inside = np.sort(np.concatenate([inside, spare]))
+        kept[name] = np.concatenate([inside, own[name] + np.arange(len(indices) - len(inside))])
     return make_plan(net.graph, kept)

@@ -1,0 +1,223 @@
+"""The command line as a newcomer meets it: help, one-line errors, the whole job, interruption and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import widthkit as wk
+from widthkit.cli import main
+from widthkit.report.run import remarks
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--data", "digits", "--image-size", "32", "--limit", "60", "--batch-size", "30", "--k", "4", "--lr", "0.01"]
+
+
+def widthkit(*args, cwd=None, **kwargs):
+    env = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        [sys.executable, "-m", "widthkit", *map(str, args)],
+        capture_output=True, text=True, env=env, cwd=cwd or ROOT, timeout=280, **kwargs,
+    )  # fmt: skip
+
+
+def here(capfd, monkeypatch, *args):
+    """Run the command line inside this process, which saves the seconds of importing torch."""
+    monkeypatch.setattr(sys, "argv", ["widthkit", *map(str, args)])
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as left:
+        main()
+    out, err = capfd.readouterr()
+    return SimpleNamespace(returncode=left.value.code, stdout=out, stderr=err)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "slim"
+    args = ["slim", "timm/resnet10t", *TINY, "--budget", "0.5x", "--searcher", "uniform", "--epochs", "1"]
+    args += ["--final-epochs", "1", "--seeds", "2", "--out", out]
+    return out, args, widthkit(*args)
+
+
+def test_slim_does_the_whole_job(run):
+    out, _, done = run
+    assert done.returncode == 0, done.stderr
+    for name in ("dense", "uniform", "searched"):
+        assert name in done.stdout
+    for name in ("slim.safetensors", "slim.json", "search.json", "results.json", "widths.png", "report.html"):
+        assert (out / name).stat().st_size > 100, name
+    results = json.loads((out / "results.json").read_text())
+    dense, uniform, searched = results["table"]
+    assert 0.4 * dense["macs"] < searched["macs"] <= 0.5 * dense["macs"]
+    assert 0.95 * searched["macs"] < uniform["macs"] <= searched["macs"]
+    assert all(len(row["accuracy"]) == 2 and row["latency_ms"] > 0 for row in results["table"])
+
+
+def test_the_saved_network_is_the_searched_one(run):
+    out, _, _ = run
+    results = json.loads((out / "results.json").read_text())
+    slim = wk.load(out / "slim")
+    assert sum(p.numel() for p in slim.parameters()) == results["table"][2]["params"]
+    graph = wk.trace(slim, (1, 3, 32, 32))
+    assert graph.macs() == results["table"][2]["macs"]
+    assert slim(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_finished_run_is_not_overwritten_and_resume_repeats_its_result(run, capfd, monkeypatch):
+    out, args, _ = run
+    before = json.loads((out / "results.json").read_text())
+    again = here(capfd, monkeypatch, *args)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "--resume" in again.stderr
+    resumed = here(capfd, monkeypatch, *args, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    after = json.loads((out / "results.json").read_text())
+    assert [r["accuracy"] for r in after["table"]] == [r["accuracy"] for r in before["table"]]
+    other = here(capfd, monkeypatch, *args, "--resume", "--lr", "0.5")
+    assert other.returncode == 2
+    assert "lr=0.01" in other.stderr
+
+
+def test_report_draws_from_the_files_alone(run, capfd, monkeypatch):
+    out, _, _ = run
+    first = (out / "widths.png").read_bytes()
+    (out / "widths.png").unlink()
+    done = here(capfd, monkeypatch, "report", out)
+    assert done.returncode == 0, done.stderr
+    assert (out / "widths.png").read_bytes() == first
+    page = (out / "report.html").read_text()
+    assert "<table>" in page
+    assert 'src="data:image/png' in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_train_search_export_are_the_same_job_in_steps(tmp_path, capfd, monkeypatch):
+    def step(*args):
+        return here(capfd, monkeypatch, *args)
+
+    out = tmp_path / "run"
+    assert step("search", out).returncode == 2
+    assert step("train", "timm/resnet10t", *TINY, "--epochs", "1", "--out", out).returncode == 0
+    assert "search first" in step("export", out).stderr
+    found = step("search", out, "--budget", "0.6x", "--searcher", "random", "--searcher-option", "n=3")
+    assert found.returncode == 0, found.stderr
+    assert len(json.loads((out / "search.json").read_text())["trials"]) == 3
+    done = step("export", out)
+    assert done.returncode == 0, done.stderr
+    widths = json.loads((out / "search.json").read_text())["widths"]
+    slim = wk.load(out / "slim")
+    assert slim.layer1[0].conv1.out_channels == widths["layer1.0.conv1"]
+
+
+def test_interrupted_training_goes_on_where_it_was(tmp_path):
+    args = ["train", "timm/resnet10t", *TINY, "--epochs", "3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "widthkit", *args, "--out", str(tmp_path / "a")]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    checkpoint = tmp_path / "a" / "supernet" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert checkpoint.exists(), errors
+    if running.returncode:  # else it was faster than the signal, and there is nothing to resume
+        assert running.returncode == 130
+        assert "--resume" in errors.splitlines()[-1]
+    assert widthkit(*args, "--out", tmp_path / "a", "--resume").returncode == 0
+    assert widthkit(*args, "--out", tmp_path / "b").returncode == 0
+    one, other = (_weights(tmp_path / name / "supernet" / "checkpoint.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _weights(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+BAD = {
+    "unknown model": (["trace", "torchvision/resnet81"], "resnet18"),
+    "no source": (["trace", "resnet18"], "torchvision/NAME"),
+    "bad shape": (["trace", "timm/resnet10t", "--input", "1,3,big"], "--input"),
+    "input that does not run": (["trace", "timm/resnet10t", "--input", "1,5,32,32"], "example_inputs"),
+    "unknown option": (["slim", "timm/resnet10t", "--dta", "digits"], "--data"),
+    "unknown command": (["trac"], "trac"),
+    "no such run": (["search", "no-such-folder"], "widthkit train"),
+    "unknown strategy": (["train", "timm/resnet10t", *TINY, "--strategy", "cb", "--out", "OUT"], "bc"),
+    "unknown strategy option": (
+        ["train", "timm/resnet10t", *TINY, "--strategy-option", "x=1", "--out", "OUT"], "complementary",
+    ),
+    "unknown searcher": (
+        ["slim", "timm/resnet10t", *TINY, "--searcher", "gredy", "--out", "OUT"], "did you mean greedy",
+    ),
+    "unknown data": (["train", "timm/resnet10t", "--data", "digit", "--out", "OUT"], "digits"),
+    "missing data": (
+        ["train", "timm/resnet10t", "--data", "fashion-mnist", "--data-dir", "nowhere", "--out", "OUT"], "nowhere",
+    ),
+    "budget too small": (["slim", "timm/resnet10t", *TINY, "--budget", "0.0001x", "--out", "OUT"], "narrowest"),
+    "budget unreadable": (["slim", "timm/resnet10t", *TINY, "--budget", "half", "--out", "OUT"], "0.5x"),
+    "bad model option": (["trace", "timm/resnet10t", "--model-option", "depth=3"], "depth"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_gets_one_line_and_nothing_is_written(kind, tmp_path, capfd, monkeypatch):
+    args, hint = BAD[kind]
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    done = here(capfd, monkeypatch, *[str(out) if a == "OUT" else a for a in args])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert hint in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_leaves_the_process_with_code_2():
+    done = widthkit("trace", "torchvision/resnet81")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_trace_prints_groups_and_reasons_and_json(capfd, monkeypatch):
+    text = here(capfd, monkeypatch, "trace", "timm/resnet10t").stdout
+    assert "layer1.0.conv1" in text
+    assert "model output" in text
+    data = json.loads(here(capfd, monkeypatch, "trace", "timm/resnet10t", "--json").stdout)
+    graph = wk.trace(wk.create_model("timm/resnet10t"))
+    assert [(g["name"], g["width"]) for g in data["groups"]] == list(graph.full.items())
+    assert data["macs"] == graph.macs()
+    assert data["frozen"]["fc.weight[0]"].startswith("model output")
+
+
+def test_plugins_lists_each_with_one_line(capfd, monkeypatch):
+    text = here(capfd, monkeypatch, "plugins").stdout
+    for name in ("ua", "bc", "greedy", "random", "uniform"):
+        assert sum(f" {name} " in f" {line} " for line in text.splitlines()) >= 1, name
+
+
+@pytest.mark.parametrize("command", ["trace", "train", "search", "export", "slim", "report", "plugins", "bench"])
+def test_every_command_has_help(command, capfd, monkeypatch):
+    done = here(capfd, monkeypatch, command, "--help")
+    assert done.returncode == 0
+    assert "--help" in done.stdout
+
+
+def test_remarks_name_what_disappoints():
+    def row(name, macs, accuracy, latency):
+        values = {"accuracy_mean": accuracy, "accuracy_std": 0.01, "latency_ms": latency}
+        return {"network": name, "macs": macs, **values}
+
+    good = {"table": [row("dense", 100, 0.9, 10), row("uniform", 50, 0.8, 6), row("searched", 50, 0.85, 5)]}
+    assert remarks(good) == []
+    bad = {"table": [row("dense", 100, 0.9, 10), row("uniform", 50, 0.85, 6), row("searched", 50, 0.8, 11)]}
+    assert any("not faster" in r for r in remarks(bad))
+    assert any("more accurate" in r for r in remarks(bad))

@@ -1,0 +1,5 @@
+"""``python -m widthkit`` is the command line."""
+
+from widthkit.cli import main
+
+main()

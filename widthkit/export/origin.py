@@ -1,0 +1,68 @@
+"""Where a slim network comes from: what is needed to rebuild it from its dense model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from widthkit.models import ModelName
+from widthkit.plan import Plan
+from widthkit.structure import Structure
+
+_RECORD = "_widthkit_origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a slim network came about.
+
+    Args:
+        plan: The plan that makes its shapes from the dense model.
+        structure: Module tree of the dense model, to recognise it by.
+        architecture: The name that timm built the dense model under, if timm did.
+        macs: MACs per example of the slim network.
+        params: Parameters of the slim network.
+        dense_macs: MACs per example of the dense model.
+        dense_params: Parameters of the dense model.
+        model: Name and arguments of the dense model, where known.
+    """
+
+    plan: Plan
+    structure: Structure
+    architecture: str | None
+    macs: int
+    params: int
+    dense_macs: int
+    dense_params: int
+    model: ModelName | None = None
+
+
+def origin_of(net: nn.Module) -> Origin | None:
+    """Return how a network was exported, or ``None`` if widthkit did not make it."""
+    return net.__dict__.get(_RECORD)
+
+
+def set_origin(net: nn.Module, origin: Origin) -> None:
+    """Remember where a network comes from; plain data that no forward pass or ``state_dict`` sees."""
+    net.__dict__[_RECORD] = origin
+
+
+def after(first: Origin, second: Origin) -> Origin:
+    """Return the origin of a network that was slimmed twice, seen from the first dense model."""
+    return replace(first, plan=compose(first.plan, second.plan), macs=second.macs, params=second.params)
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """Return the plan that does what ``first`` and then ``second`` does."""
+    tensors = {name: dict(dims) for name, dims in first.tensors.items()}
+    for name, dims in second.tensors.items():
+        own = tensors.setdefault(name, {})
+        for dim, index in dims.items():
+            earlier = own.get(dim)
+            own[dim] = index if earlier is None else np.where(index < 0, -1, earlier[np.maximum(index, 0)])
+    attributes = {key: dict(values) for key, values in first.attributes.items()}
+    for key, values in second.attributes.items():
+        attributes.setdefault(key, {}).update(values)
+    return Plan({**first.widths, **second.widths}, second.kept, tensors, attributes, first.shapes)

@@ -1,0 +1,170 @@
+"""The JSON form of a slim network, checked before anything is built from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from widthkit.errors import SlimFileError
+from widthkit.graph import IntArray
+from widthkit.plan import Plan
+
+FORMAT = 1
+Runs = list[tuple[int, int]]
+"""Indices as runs ``(start, length)``; a start of -1 stands for new entries."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class ModelRecord(_Strict):
+    """The dense model."""
+
+    name: str
+    kwargs: dict[str, Any]
+
+
+class AttributeRecord(_Strict):
+    """One integer attribute that changes."""
+
+    module: str
+    name: str
+    element: int | None
+    value: int
+
+
+class PlanRecord(_Strict):
+    """The plan."""
+
+    widths: dict[str, int]
+    tensors: dict[str, dict[str, list[list[int]]]]
+    attributes: list[AttributeRecord]
+    shapes: dict[str, list[int]]
+
+
+class SlimFile(_Strict):
+    """The whole file."""
+
+    format: int
+    widthkit: str
+    model: ModelRecord
+    dense_structure: str
+    slim_structure: str
+    weights_sha256: str
+    macs: int
+    params: int
+    dense_macs: int
+    dense_params: int
+    plan: PlanRecord
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> SlimFile:
+        """Read and check a file.
+
+        Raises:
+            SlimFileError: If it is damaged or of another format version.
+        """
+        try:
+            raw = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise SlimFileError(f"{path} is not JSON ({error}); save the network again") from error
+        version = raw.get("format") if isinstance(raw, dict) else None
+        if version != FORMAT:
+            raise SlimFileError(f"{path} has format version {version!r}; this widthkit reads version {FORMAT}")
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise SlimFileError(f"{path} is damaged at '{where}': {first['msg']}") from error
+
+
+def encode_plan(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON values."""
+    return {
+        "widths": dict(plan.widths),
+        "tensors": {n: {str(d): to_runs(i) for d, i in dims.items()} for n, dims in plan.tensors.items()},
+        "attributes": [
+            {"module": module, "name": name, "element": element, "value": value}
+            for (module, name), values in plan.attributes.items()
+            for element, value in values.items()
+        ],
+        "shapes": {name: list(plan.shapes[name]) for name in plan.shapes},
+    }
+
+
+def decode_plan(record: SlimFile, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Turn JSON values into a plan for a model with these shapes.
+
+    Raises:
+        ValueError: If a name, dim or index does not exist, before anything of that size is allocated.
+    """
+    tensors: dict[str, dict[int, IntArray]] = {}
+    for name, dims in record.plan.tensors.items():
+        if name not in shapes:
+            raise ValueError(f"no tensor '{name}'")
+        for text, runs in dims.items():
+            dim = int(text)
+            if not 0 <= dim < len(shapes[name]):
+                raise ValueError(f"'{name}' has no dim {dim}")
+            tensors.setdefault(name, {})[dim] = from_runs(runs, shapes[name][dim], f"{name}[{dim}]")
+    attributes: dict[tuple[str, str], dict[int | None, int]] = {}
+    for a in record.plan.attributes:
+        if a.value < 1:
+            raise ValueError(f"{a.module}.{a.name} = {a.value}")
+        attributes.setdefault((a.module, a.name), {})[a.element] = a.value
+    expected = {name: tuple(shape) for name, shape in record.plan.shapes.items()}
+    return Plan(record.plan.widths, {}, tensors, attributes, expected)
+
+
+def to_runs(index: IntArray) -> Runs:
+    """Write indices as runs.
+
+    >>> to_runs(np.array([0, 1, 2, 7, -1, -1]))
+    [(0, 3), (7, 1), (-1, 2)]
+    """
+    runs: Runs = []
+    for value in index.tolist():
+        if runs:
+            start, length = runs[-1]
+            follows = value == -1 if start == -1 else value == start + length
+            if follows:
+                runs[-1] = (start, length + 1)
+                continue
+        runs.append((value, 1))
+    return runs
+
+
+def from_runs(runs: list[list[int]], size: int, where: str) -> IntArray:
+    """Read runs back.
+
+    Args:
+        runs: Pairs ``[start, length]``.
+        size: Size of the dim; indices must be ascending and below it, new entries at most 16 times as many.
+        where: For the message.
+
+    Raises:
+        ValueError: If the runs are malformed or out of range.
+
+    >>> from_runs([[0, 3], [-1, 2]], 4, "w[0]").tolist()
+    [0, 1, 2, -1, -1]
+    """
+    last, total = -1, 0
+    for run in runs:
+        if len(run) != 2 or run[1] < 1 or run[0] < -1:
+            raise ValueError(f"{where}: {run} is not a run [start, length]")
+        start, length = run
+        total += length
+        if start >= 0:
+            if start <= last or start + length > size:
+                raise ValueError(f"{where}: indices {start}..{start + length - 1} do not fit a dim of size {size}")
+            last = start + length - 1
+    if not 0 < total <= 16 * size:
+        raise ValueError(f"{where}: {total} entries from a dim of size {size}")
+    return np.concatenate([np.full(n, -1) if s == -1 else np.arange(s, s + n) for s, n in runs]).astype(np.int64)

@@ -1,0 +1,416 @@
+"""The whole job in stages that leave their results in one folder and can be resumed.
+
+========================  =============================================================
+``run.json``              what was asked for
+``supernet/``             checkpoint of the supernet's training
+``search.json``           widths, score, history
+``final/``                checkpoints of the final trainings
+``slim.safetensors``      the slim network, with ``slim.json``
+``results.json``          the table: dense, uniform, searched
+========================  =============================================================
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from widthkit.budget import Budget, Limit, parse_budget
+from widthkit.errors import CheckpointError, OptionError
+from widthkit.export import export, save
+from widthkit.files import atomic_json
+from widthkit.graph import ChannelGraph
+from widthkit.models import create_model, input_channels
+from widthkit.multiplier import uniform_widths
+from widthkit.plan import kept_units
+from widthkit.search import SEARCHERS, SearchResult, search
+from widthkit.space import uniform_space
+from widthkit.supernet import Supernet, make_supernet
+from widthkit.timing import forward_latency
+from widthkit.trace import trace
+from widthkit.train import DataSplits, evaluate, load_data, make_loader, recalibrate, train
+from widthkit.version import versions
+
+Say = Callable[[str], None]
+
+
+class RunConfig(BaseModel):
+    """Everything a run depends on; two runs with equal settings on one machine give equal results.
+
+    Attributes:
+        model: Name of the dense model.
+        model_options: Arguments of its factory.
+        pretrained: Start the supernet from the library's weights.
+        data: Data source.
+        data_dir: Folder of the data source.
+        image_size: Side length that images are resized to.
+        limit: Most images per part of the data.
+        augment: Random crops and flips while training.
+        strategy: Sharing strategy.
+        strategy_options: Its options.
+        searcher: Searcher.
+        searcher_options: Its options.
+        budget: What the slim network may cost.
+        k: Evenly spaced choices per group.
+        bins: FLOPs-sensitive bins with this beta, instead of ``k``.
+        min_width: Narrowest width.
+        max_width: Widest width.
+        divisor: Widths are multiples of this.
+        freeze: Modules whose output widths stay.
+        epochs: Epochs of the supernet.
+        final_epochs: Epochs of the final trainings.
+        seeds: How many final trainings of each network.
+        init: Final trainings start from fresh weights (``scratch``) or from the supernet's (``inherit``).
+        batch_size: Images per step.
+        optimizer: timm optimiser.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        schedule: Learning-rate schedule.
+        clip_grad: Largest gradient norm; narrow sub-networks of a fresh supernet have steep losses.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        device: Where to run; Accelerate's choice by default.
+        seed: Seed of everything.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    model_options: dict[str, Any] = {}
+    pretrained: bool = False
+    data: str
+    data_dir: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    augment: bool = False
+    strategy: str = "bc"
+    strategy_options: dict[str, Any] = {}
+    searcher: str = "greedy"
+    searcher_options: dict[str, Any] = {}
+    budget: str = "0.5x"
+    k: int = 10
+    bins: float | None = None
+    min_width: str = "0.1x"
+    max_width: str = "1x"
+    divisor: int = 1
+    freeze: list[str] = []
+    epochs: int = 10
+    final_epochs: int = 10
+    seeds: int = 1
+    init: str = "scratch"
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    clip_grad: float | None = 5.0
+    mixed_precision: str = "no"
+    device: str | None = None
+    seed: int = 0
+
+    def training(self) -> dict[str, Any]:
+        """The settings that every training of the run shares."""
+        names = ("optimizer", "lr", "weight_decay", "schedule", "clip_grad", "mixed_precision", "device")
+        return {name: getattr(self, name) for name in names}
+
+
+class Folder:
+    """The folder of one run.
+
+    Args:
+        path: Where the run lives.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        """``run.json``."""
+        return self.path / "run.json"
+
+    def begin(self, config: RunConfig, resume: bool) -> None:
+        """Claim the folder for a run.
+
+        Raises:
+            OptionError: If it holds another run, or this one and ``resume`` was not asked for.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OptionError(f"{self.path} is a file; --out needs a folder")
+        if self.config_file.exists():
+            if not resume:
+                raise OptionError(f"{self.path} already holds a run; pass --resume to continue it or another --out")
+            self._same(config)
+        else:
+            atomic_json(self.config_file, {"format": 1, **config.model_dump()})
+
+    def _same(self, config: RunConfig) -> None:
+        old, new = self.config().model_dump(), config.model_dump()
+        for name, value in new.items():
+            if old[name] != value:
+                raise OptionError(
+                    f"{self.path} holds a run with {name}={old[name]!r}, not {value!r}; use the same settings to resume"
+                )
+
+    def config(self) -> RunConfig:
+        """Read the run's settings.
+
+        Raises:
+            CheckpointError: If there are none or they are damaged.
+        """
+        try:
+            raw = json.loads(self.config_file.read_text(encoding="utf-8"))
+            raw.pop("format")
+            return RunConfig(**raw)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path} holds no run (no run.json); start one with widthkit train") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise CheckpointError(f"{self.config_file} is damaged ({why}); start another run") from error
+
+    def fresh_search(self, resume: bool) -> None:
+        """Make room for a search.
+
+        Raises:
+            OptionError: If there is a result or a journal already and ``resume`` was not asked for.
+        """
+        journal = self.path / "search-journal.jsonl"
+        if not resume and (journal.exists() or (self.path / "search.json").exists()):
+            raise OptionError(
+                f"{self.path} already holds a search; pass --resume to continue it or delete search*.json*"
+            )
+
+    def result(self) -> SearchResult:
+        """Read the search's result.
+
+        Raises:
+            CheckpointError: If there is none or it is damaged.
+        """
+        file = self.path / "search.json"
+        if not file.exists():
+            raise CheckpointError(f"{self.path} holds no search result; run widthkit search first")
+        return SearchResult.load(file)
+
+
+class Job:
+    """One run: the stages in order, each using what the earlier ones left in the folder.
+
+    Args:
+        config: The settings.
+        folder: Where results go.
+        say: Called with one line per stage.
+        progress: Show progress bars.
+    """
+
+    def __init__(self, config: RunConfig, folder: Folder, say: Say | None = None, progress: bool = True) -> None:
+        self.config = config
+        self.folder = folder
+        self.say = say or (lambda line: print(line, file=sys.stderr))
+        self.progress = progress
+        self.data: DataSplits | None = None
+
+    def check(self) -> tuple[Supernet, DataSplits]:
+        """Build everything that can be refused before anything is written: model, data, supernet, budget."""
+        config = self.config
+        if config.init not in ("scratch", "inherit"):
+            raise OptionError(f"init '{config.init}': final trainings start from 'scratch' or 'inherit'")
+        if config.seeds < 1 or config.final_epochs < 0:
+            raise OptionError("seeds must be at least 1 and final epochs at least 0")
+        SEARCHERS.get(config.searcher)
+        data = self._load_data()
+        model = self.fresh_model(data, config.seed, pretrained=config.pretrained)
+        graph = trace(model, self.input_shape(data), freeze=config.freeze)
+        net = make_supernet(
+            model,
+            config.strategy,
+            graph=graph,
+            k=config.k,
+            bins=config.bins,
+            min_width=config.min_width,
+            max_width=config.max_width,
+            divisor=config.divisor,
+            seed=config.seed,
+            **config.strategy_options,
+        )
+        parse_budget(config.budget, graph).check(net.space)
+        return net, data
+
+    def _load_data(self) -> DataSplits:
+        if self.data is None:
+            c = self.config
+            probe = create_model(c.model, **c.model_options)
+            self.data = load_data(
+                c.data,
+                data_dir=c.data_dir,
+                image_size=c.image_size,
+                in_channels=input_channels(probe),
+                seed=c.seed,
+                limit=c.limit,
+                augment=c.augment,
+            )
+        return self.data
+
+    def fresh_model(self, data: DataSplits, seed: int, pretrained: bool = False) -> nn.Module:
+        """Build the dense model for the data's classes, with weights drawn from a seed."""
+        options = {"num_classes": data.num_classes, **self.config.model_options}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = create_model(self.config.model, **options)
+        if pretrained:
+            load_matching(model, create_model(self.config.model, pretrained=True, **self.config.model_options))
+        return model
+
+    def input_shape(self, data: DataSplits, batch: int = 1) -> tuple[int, ...]:
+        """Shape of a batch of the data's images."""
+        return (batch, *data.train[0][0].shape)
+
+    def require_supernet(self) -> None:
+        """Refuse to go on without a trained supernet.
+
+        Raises:
+            CheckpointError: If the folder holds none.
+        """
+        if not (self.folder.path / "supernet" / "checkpoint.safetensors").exists():
+            raise CheckpointError(f"{self.folder.path} holds no trained supernet; run widthkit train first")
+
+    def export_slim(self, widths: dict[str, int], path: Path) -> tuple[Path, Path]:
+        """Write the network of given widths with the supernet's weights, its batch norms recalibrated."""
+        net, data = self.check()
+        kept_units(net.graph, widths)
+        self.train_supernet(net, data)
+        slim = export(net, widths)
+        recalibrate(slim, make_loader(data.train, self.config.batch_size, train=False))
+        return save(slim.cpu(), path, model=self.config.model, kwargs=self._kwargs(data))
+
+    def train_supernet(self, net: Supernet, data: DataSplits) -> None:
+        """Stage 1: train the supernet, or continue."""
+        c = self.config
+        self.say(f"supernet: {net.strategy}, {len(net.space.groups)} groups, {net.space.size:.3g} width vectors")
+        loader = make_loader(data.train, c.batch_size, train=True, seed=c.seed)
+        result = train(
+            net,
+            loader,
+            c.epochs,
+            seed=c.seed,
+            out=self.folder.path / "supernet",
+            resume=True,
+            progress=self.progress,
+            **c.training(),
+        )
+        self.say(f"supernet: trained {result.epochs} epochs, loss {result.loss:.4f}")
+
+    def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:
+        """Stage 2: search, or continue."""
+        c = self.config
+        loader = make_loader(data.valid, 512, train=False)
+        result = search(
+            net,
+            loader,
+            c.budget,
+            c.searcher,
+            seed=c.seed,
+            out=self.folder.path,
+            resume=True,
+            progress=self.progress,
+            device=c.device,
+            **c.searcher_options,
+        )
+        share = result.macs / result.full["macs"]
+        self.say(f"search: {len(result.trials)} networks judged; best uses {share:.1%} of the MACs")
+        return result
+
+    def final_network(self, name: str, widths: dict[str, int], net: Supernet, data: DataSplits, seed: int) -> nn.Module:
+        """Train one network of given widths with one seed, or continue, and return it."""
+        c = self.config
+        if c.init == "inherit":
+            slim = export(net, widths)
+        else:
+            slim = export(self.fresh_model(data, seed), widths, graph=net.graph)
+        if c.final_epochs:
+            train(
+                slim,
+                make_loader(data.train, c.batch_size, train=True, seed=seed),
+                c.final_epochs,
+                seed=seed,
+                out=self.folder.path / "final" / f"{name}-{seed}",
+                resume=True,
+                progress=self.progress,
+                **c.training(),
+            )
+        recalibrate(slim, make_loader(data.train, c.batch_size, train=False))
+        return slim
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns what ``results.json`` holds."""
+        net, data = self.check()
+        self.train_supernet(net, data)
+        result = self.search_widths(net, data)
+        chosen = {
+            "dense": net.graph.full,
+            "uniform": self.uniform(net.graph, result.macs),
+            "searched": result.widths,
+        }
+        table, networks = [], {}
+        for name, widths in chosen.items():
+            row, networks[name] = self._final(name, widths, net, data)
+            table.append(row)
+        shape = self.input_shape(data, self.config.batch_size)
+        device = self.config.device or "cpu"
+        latency = forward_latency(networks, shape, device=device)
+        for row in table:
+            row["latency_ms"] = latency[row["network"]]
+        save(networks["searched"], self.folder.path / "slim", model=self.config.model, kwargs=self._kwargs(data))
+        results = {
+            "format": 1,
+            "config": self.config.model_dump(),
+            "versions": versions(),
+            "latency": {"input_shape": list(shape), "device": device, "threads": torch.get_num_threads()},
+            "table": table,
+            "widths": chosen,
+        }
+        atomic_json(self.folder.path / "results.json", results)
+        return results
+
+    def _kwargs(self, data: DataSplits) -> dict[str, Any]:
+        return {"num_classes": data.num_classes, **self.config.model_options}
+
+    def _final(
+        self, name: str, widths: dict[str, int], net: Supernet, data: DataSplits
+    ) -> tuple[dict[str, Any], nn.Module]:
+        accuracies, networks = [], []
+        for number in range(self.config.seeds):
+            slim = self.final_network(name, widths, net, data, self.config.seed + number)
+            score = evaluate(slim, make_loader(data.test, 512, train=False), device=self.config.device)
+            accuracies.append(float(score["accuracy"]))
+            networks.append(slim)
+        row = {
+            "network": name,
+            "macs": net.graph.macs(widths),
+            "params": net.graph.params(widths),
+            "accuracy": accuracies,
+            "accuracy_mean": statistics.fmean(accuracies),
+            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        }
+        self.say(f"{name}: accuracy {row['accuracy_mean']:.2%} over {len(accuracies)} trainings")
+        return row, networks[0].cpu()
+
+    def uniform(self, graph: ChannelGraph, macs: int) -> dict[str, int]:
+        """Widths of the uniformly shrunk network that costs at most as many MACs as the searched one."""
+        space = uniform_space(graph, 1, min_width="0.01x", max_width=self.config.max_width, divisor=self.config.divisor)
+        return uniform_widths(space, Budget((Limit("macs", macs, f"{macs} MACs"),)))
+
+
+def load_matching(model: nn.Module, pretrained: nn.Module) -> list[str]:
+    """Copy every tensor whose name and shape agree; return the names that stay as they are (a new head's)."""
+    source = pretrained.state_dict()
+    own = model.state_dict()
+    fitting = {n: t for n, t in source.items() if n in own and own[n].shape == t.shape}
+    model.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))

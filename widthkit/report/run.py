@@ -1,0 +1,219 @@
+"""Pictures and a page of one run, from its JSON files alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from widthkit.budget import show_count
+from widthkit.errors import CheckpointError
+from widthkit.files import atomic_write
+from widthkit.search import SearchResult
+
+
+def report_run(folder: str | Path) -> list[Path]:
+    """Draw ``widths.png``, ``search.png`` and ``report.html`` of a run.
+
+    Args:
+        folder: A run's folder with ``search.json``; ``results.json`` adds the table.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        CheckpointError: If the folder holds no search result.
+    """
+    root = Path(folder)
+    result = SearchResult.load(root / "search.json") if (root / "search.json").exists() else None
+    if result is None:
+        raise CheckpointError(f"{root} holds no search result (no search.json); run widthkit search or slim first")
+    results = _results(root / "results.json")
+    widths = results["widths"] if results else {"searched": result.widths}
+    pictures = {"widths.png": draw_widths(result, widths), "search.png": draw_search(result)}
+    written = []
+    for name, data in pictures.items():
+        atomic_write(root / name, data)
+        written.append(root / name)
+    page = _page(result, results, pictures)
+    atomic_write(root / "report.html", page.encode())
+    return [*written, root / "report.html"]
+
+
+def _results(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not {"table", "widths"} <= set(data):
+            raise ValueError("no table")
+        return data
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); run the command again") from error
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    # A fixed creation date keeps equal pictures equal to the byte.
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": "widthkit"})
+    return buffer.getvalue()
+
+
+def draw_widths(result: SearchResult, widths: dict[str, dict[str, int]]) -> bytes:
+    """Draw the width of every channel group as a PNG: the model's own, the uniform one's, the searched one's."""
+    from matplotlib.figure import Figure
+
+    full = result.full["widths"]
+    names = list(full)
+    figure = Figure(figsize=(max(6.4, 0.32 * len(names) + 2), 4.8), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(names))
+    axes.bar(places, [full[n] for n in names], color="#d9dde2", label="dense", width=0.85)
+    axes.bar(places, [result.widths.get(n, full[n]) for n in names], color="#2f6f9f", label="searched", width=0.5)
+    if "uniform" in widths:
+        axes.step(
+            [p + 0.5 for p in range(-1, len(names))],
+            [widths["uniform"][names[0]], *[widths["uniform"][n] for n in names]],
+            where="pre",
+            color="#d1662b",
+            label="uniform",
+        )
+    axes.set_xticks(list(places), names, rotation=90, fontsize=max(4, 9 - len(names) // 25))
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_ylabel("width (channels)")
+    share = result.macs / result.full["macs"]
+    axes.set_title(f"Widths per channel group: {show_count(result.macs)} MACs, {share:.1%} of the dense model")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_search(result: SearchResult) -> bytes:
+    """Draw every judged network by MACs and score as a PNG, with the Pareto set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    finite = [t for t in result.trials if t.score == t.score and abs(t.score) != float("inf")]
+    axes.scatter([t.macs / 1e6 for t in finite], [t.score for t in finite], s=10, color="#9aa5b1", label="judged")
+    front = result.pareto
+    axes.plot([t.macs / 1e6 for t in front], [t.score for t in front], color="#2f6f9f", marker=".", label="Pareto set")
+    axes.scatter([result.macs / 1e6], [result.score], color="#d1662b", zorder=3, label="chosen")
+    axes.set_xlabel("MACs (millions)")
+    axes.set_ylabel("score in the supernet (minus loss)")
+    axes.set_title(f"{result.searcher} search, budget {result.budget}: {len(result.trials)} networks judged")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+COLUMNS = ("network", "MACs", "of dense", "params", "accuracy", "latency", "speed-up")
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the cells of the comparison, one row per network."""
+    dense = results["table"][0]
+    rows: list[tuple[str, ...]] = []
+    for row in results["table"]:
+        spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.2f}"
+        rows.append(
+            (
+                row["network"],
+                show_count(row["macs"]),
+                f"{row['macs'] / dense['macs']:.3f}x",
+                show_count(row["params"]),
+                f"{100 * row['accuracy_mean']:.2f}{spread} %",
+                f"{row['latency_ms']:.2f} ms",
+                f"{dense['latency_ms'] / row['latency_ms']:.2f}x",
+            )
+        )
+    return rows
+
+
+def remarks(results: dict[str, Any]) -> list[str]:
+    """Say plainly where the outcome disappoints."""
+    rows = {row["network"]: row for row in results["table"]}
+    dense, uniform, searched = rows["dense"], rows["uniform"], rows["searched"]
+    found = []
+    if searched["latency_ms"] >= dense["latency_ms"]:
+        found.append("the searched network is not faster than the dense one on this device")
+    elif dense["latency_ms"] / searched["latency_ms"] < 0.8 * dense["macs"] / searched["macs"]:
+        found.append("the speed-up is below 0.8 of the MACs ratio on this device")
+    if searched["accuracy_mean"] < uniform["accuracy_mean"]:
+        found.append("the uniformly shrunk network is more accurate than the searched one")
+    spread = max(r["accuracy_std"] or 0.0 for r in (uniform, searched))
+    if abs(searched["accuracy_mean"] - uniform["accuracy_mean"]) <= spread:
+        found.append("searched and uniform differ by less than the spread over seeds")
+    return found
+
+
+def _caption(results: dict[str, Any]) -> str:
+    n = len(results["table"][0]["accuracy"])
+    shape = "x".join(str(s) for s in results["latency"]["input_shape"])
+    return (
+        f"accuracy: mean ± standard deviation over {n} final training{'s' if n > 1 else ''}; "
+        f"latency: median forward pass, input {shape}, {results['latency']['device']}, measured in turns"
+    )
+
+
+def table_text(results: dict[str, Any]) -> None:
+    """Print the comparison."""
+    console = Console()
+    table = Table(*COLUMNS, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table, highlight=False)
+    console.print(_caption(results), highlight=False)
+    for remark in remarks(results):
+        console.print(f"note: {remark}", highlight=False)
+
+
+def _page(result: SearchResult, results: dict[str, Any] | None, pictures: dict[str, bytes]) -> str:
+    """Return one self-contained page."""
+    body = [f"<h1>widthkit: {html.escape(results['config']['model'] if results else 'search')}</h1>"]
+    if results:
+        head = "".join(f"<th>{c}</th>" for c in COLUMNS)
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table_rows(results))
+        body.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
+        body.append(f"<p>{html.escape(_caption(results))}</p>")
+        body += [f"<p class=note>Note: {html.escape(r)}.</p>" for r in remarks(results)]
+    for name, data in pictures.items():
+        encoded = base64.b64encode(data).decode()
+        body.append(f'<img alt="{name}" src="data:image/png;base64,{encoded}">')
+    full = result.full["widths"]
+    rows = "".join(
+        f"<tr><td>{html.escape(n)}</td><td>{w}</td><td>{result.widths.get(n, w)}</td></tr>" for n, w in full.items()
+    )
+    body.append(
+        f"<h2>Widths</h2><table><thead><tr><th>group</th><th>dense</th><th>searched</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+    )
+    if results:
+        shown = json.dumps({"config": results["config"], "versions": results["versions"]}, indent=1)
+        body.append(f"<h2>Settings</h2><pre>{html.escape(shown)}</pre>")
+    return _TEMPLATE.replace("BODY", "\n".join(body))
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>widthkit report</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e4e7eb; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; display: block; margin: 1rem 0; }
+pre { background: #f5f7fa; padding: 1rem; overflow-x: auto; }
+.note { color: #b44d12; }
+</style></head><body>
+BODY
+</body></html>
+"""

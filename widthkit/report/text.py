@@ -1,0 +1,124 @@
+"""What the command line prints: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from widthkit.budget import show_count
+from widthkit.graph import ChannelGraph, ChannelGroup
+from widthkit.registry import Registry
+from widthkit.search import SEARCHERS
+from widthkit.strategy import STRATEGIES
+from widthkit.trace.rules import RULES
+from widthkit.version import __version__
+
+_OBVIOUS = ("size 1", "not a floating-point tensor")
+
+
+def graph_json(graph: ChannelGraph) -> dict[str, Any]:
+    """Return a channel graph as JSON values."""
+    share = graph.cost.group_share(graph.vector())
+    return {
+        "format": 1,
+        "widthkit": __version__,
+        "macs": graph.macs(),
+        "params": graph.params(),
+        "searchable_macs_share": graph.cost.searchable_share(graph.vector()),
+        "groups": [
+            {
+                "name": group.name,
+                "width": group.width,
+                "macs_share": float(share[g]),
+                "sites": [
+                    {"tensor": s.tensor, "dim": s.dim, "positions_per_unit": s.index.shape[1]} for s in group.sites
+                ],
+            }
+            for g, group in enumerate(graph.groups.values())
+        ],
+        "frozen": dict(graph.frozen),
+        "notes": list(graph.notes),
+    }
+
+
+def graph_text(graph: ChannelGraph, name: str, *, verbose: bool = False) -> None:
+    """Print a channel graph as tables."""
+    console = Console(soft_wrap=False)
+    share = graph.cost.group_share(graph.vector())
+    searchable = graph.cost.searchable_share(graph.vector())
+    console.print(
+        f"{name}: {len(graph.group_names)} channel groups, {int(graph.group_widths.sum())} units, "
+        f"{show_count(graph.macs())} MACs ({searchable:.1%} searchable), {show_count(graph.params())} params",
+        highlight=False,
+    )
+    table = Table("group", "units", "tied", "MACs", box=None, pad_edge=False)
+    table.columns[1].justify = table.columns[3].justify = "right"
+    for g, group in enumerate(graph.groups.values()):
+        table.add_row(group.name, str(group.width), tied(group, verbose), f"{share[g]:.1%}")
+    console.print(table, highlight=False)
+    _print_frozen(console, graph, verbose)
+    for note in graph.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def tied(group: ChannelGroup, verbose: bool = False) -> str:
+    """Say what a group ties: who writes its channels, who reads them, what follows along."""
+    roles: dict[str, list[str]] = {"written by": [], "read by": [], "with": []}
+    for site in group.sites:
+        module, _, kind = site.tensor.rpartition(".")
+        if kind == "weight" and site.dim == 1:
+            roles["read by"].append(module)
+        elif kind == "weight" and _is_matrix(group, site.tensor):
+            roles["written by"].append(module)
+        else:
+            roles["with"].append(module)
+    parts = []
+    for role, modules in roles.items():
+        unique = [m for m in dict.fromkeys(modules) if role != "with" or m not in roles["written by"]]
+        if unique:
+            shown = unique if verbose or len(unique) <= 3 else [*unique[:2], f"{len(unique) - 2} more"]
+            parts.append(f"{role} {', '.join(shown)}")
+    return "; ".join(parts)
+
+
+def _is_matrix(group: ChannelGroup, tensor: str) -> bool:
+    """A weight whose name has a bias or statistics of a norm beside it is a vector; matrices write channels."""
+    stem = tensor.rpartition(".")[0]
+    return not any(s.tensor in (f"{stem}.running_mean",) for s in group.sites)
+
+
+def _print_frozen(console: Console, graph: ChannelGraph, verbose: bool) -> None:
+    told = {key: why for key, why in graph.frozen.items() if why not in _OBVIOUS and "as a kernel" not in why}
+    if verbose:
+        console.print("frozen:")
+        for key, why in graph.frozen.items():
+            console.print(f"  {key}: {why}", highlight=False, markup=False)
+        return
+    reasons = Counter(_general(why) for why in told.values())
+    example = {_general(why): f"{key}: {why}" for key, why in reversed(told.items())}
+    console.print(f"frozen: {len(told)} dims (kernel sizes left out), {len(reasons)} reasons")
+    for reason, count in reasons.most_common():
+        more = f" (and {count - 1} more like it)" if count > 1 else ""
+        console.print(f"  {example[reason]}{more}", highlight=False, markup=False)
+
+
+def _general(reason: str) -> str:
+    """Leave module names and numbers out, so that reasons of one kind count together."""
+    return re.sub(r"\d+", "#", re.sub(r"^[\w.]+: ", "", reason))
+
+
+def plugins_text() -> None:
+    """Print every plug-in with its distribution and first docstring line."""
+    console = Console()
+    table = Table("kind", "name", "what it does", "package", box=None, pad_edge=False)
+    registries: list[Registry[Any]] = [STRATEGIES, SEARCHERS, RULES]
+    for registry in registries:
+        for info in registry.infos():
+            table.add_row(
+                info.kind, info.name, info.summary if info.error is None else f"broken: {info.error}", info.distribution
+            )
+    console.print(table, highlight=False, markup=False)

@@ -1,0 +1,61 @@
+"""Latency, measured fairly: the networks take turns, and medians are reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Time several calls turn by turn, so that a busy moment of the machine hits all of them.
+
+    Args:
+        calls: Name -> what to run.
+        repeats: Timed rounds.
+        warmup: Rounds before that.
+        device: On CUDA every call is waited for.
+
+    Returns:
+        Name -> seconds of every timed round.
+    """
+    cuda = torch.device(device).type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for round_ in range(warmup + repeats):
+        # Rotate the order: whoever runs after an idle gap or a large neighbour is not always the same.
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            start = time.perf_counter()
+            calls[name]()
+            if cuda:
+                torch.cuda.synchronize(device)
+            if round_ >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def forward_latency(
+    models: Mapping[str, nn.Module], shape: tuple[int, ...], *, repeats: int = 15, device: str = "cpu"
+) -> dict[str, float]:
+    """Return the median milliseconds of one forward pass of each model, in eval mode, measured in turns.
+
+    Args:
+        models: Name -> model; moved to the device.
+        shape: Input shape, batch included.
+        repeats: Timed rounds.
+        device: Where to measure.
+    """
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    ready = {name: model.eval().to(device) for name, model in models.items()}
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        return lambda: model(example)
+
+    with torch.inference_mode():
+        times = interleaved({n: call(m) for n, m in ready.items()}, repeats=repeats, device=device)
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
