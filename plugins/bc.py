@@ -18,7 +18,7 @@ from widthkit.train.step import StepContext
 
 @dataclass(frozen=True)
 class BilaterallyCoupled(Strategy):
-    """Leftmost and rightmost channels, with complementary training (BCNet, Eq. 7-12).
+    """Both ends of a layer, complementary training (BCNet, Eq. 7-12).
 
     Args:
         complementary: With every width c also train its complement, so that every channel is trained equally often

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ class GreedySearcher(Searcher):
         """The starting point once, then every group one step narrower."""
         if not self._judged_first:
             return [dict(self._now)]
+        if self.done:
+            return []
         steps = (self.space.narrower(self._now, name) for name in self.space.names)
         return [step for step in steps if step is not None]
 
@@ -38,12 +41,13 @@ class GreedySearcher(Searcher):
             self._judged_first = True
             return
         usage = [self.budget.usage(self.space.graph, w) for w in widths]
-        best = max(range(len(widths)), key=lambda i: (scores[i], -usage[i], -i))
+        worth = [-math.inf if math.isnan(score) else score for score in scores]
+        best = max(range(len(widths)), key=lambda i: (worth[i], -usage[i], -i))
         self._now = dict(widths[best])
 
     def state_dict(self) -> dict[str, Any]:
         """The current widths."""
-        return {"now": self._now, "judged_first": self._judged_first}
+        return {"now": dict(self._now), "judged_first": self._judged_first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the current widths."""

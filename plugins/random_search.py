@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from widthkit.budget import Budget
 from widthkit.errors import OptionError
+from widthkit.graph import IntArray
 from widthkit.search.searcher import Searcher, WidthVector
 from widthkit.space import SearchSpace
+
+Usage = npt.NDArray[np.float64]
+_ENUMERABLE = 20_000
+_BATCH = 256
+_IDLE_BATCHES = 20
 
 
 class RandomSearcher(Searcher):
@@ -42,7 +49,7 @@ class RandomSearcher(Searcher):
 
     def ask(self) -> list[WidthVector]:
         """The next draw."""
-        return [self._draws[self._told]] if self._told < len(self._draws) else []
+        return [dict(self._draws[self._told])] if self._told < len(self._draws) else []
 
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
         """Count."""
@@ -50,7 +57,7 @@ class RandomSearcher(Searcher):
 
     def state_dict(self) -> dict[str, Any]:
         """Draws and how many were judged."""
-        return {"draws": self._draws, "told": self._told}
+        return {"draws": [dict(d) for d in self._draws], "told": self._told}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the same draws."""
@@ -71,45 +78,80 @@ class RandomSearcher(Searcher):
 def draw_in_band(
     space: SearchSpace, budget: Budget, rng: np.random.Generator, n: int, band: float
 ) -> list[WidthVector]:
-    """Return up to ``n`` different width vectors inside the budget, preferring those that use more than ``band`` of it.
+    """Return up to ``n`` different width vectors inside the budget, those that use more than ``band`` of it first.
 
-    Fewer come back only when the space has fewer that the walk can reach.
+    Where the band has too few, the ones that use most of the budget fill up; fewer than ``n`` come back only when the
+    space has fewer that a walk can reach. Small spaces are listed, not walked.
     """
+    table = _Table(space, budget)
+    if space.size <= _ENUMERABLE:
+        genes = np.indices([len(g.options) for g in space.groups]).reshape(len(space.groups), -1).T
+        genes = genes[rng.permutation(len(genes))]
+        usage = table.usage(genes)
+        found = {tuple(g): float(u) for g, u in zip(genes.tolist(), usage.tolist(), strict=True) if u <= 1}
+    else:
+        found = _walked(table, rng, n, band)
+    # The sort is stable: inside the band the order stays random, below it the fullest come first.
+    chosen = sorted(found, key=lambda genes: -min(found[genes], band))[:n]
+    return [space.decode(genes) for genes in chosen]
+
+
+def _walked(table: _Table, rng: np.random.Generator, n: int, band: float) -> dict[tuple[int, ...], float]:
     found: dict[tuple[int, ...], float] = {}
-    misses = 0
-    while len(found) < n and misses < 10 * n + 100:
-        genes, usage = _walk(space, budget, rng, band)
-        if usage <= 1 and tuple(genes) not in found:
-            found[tuple(genes)] = usage
-        else:
-            misses += 1
-    return [space.decode(genes) for genes in found]
+    inside, idle = 0, 0
+    while inside < n and idle < _IDLE_BATCHES:
+        before = inside
+        genes, usage = _walk(table, rng, min(_BATCH, max(n, 16)), band)
+        for key, used in zip(map(tuple, genes.tolist()), usage.tolist(), strict=True):
+            if used <= 1 and key not in found:
+                found[key] = used
+                inside += used > band
+        idle = 0 if inside > before else idle + 1
+    return found
 
 
-def _walk(
-    space: SearchSpace, budget: Budget, rng: np.random.Generator, band: float
-) -> tuple[tuple[int, ...], float]:
-    """Start anywhere and step towards the band; a step that leaves the budget for good is undone."""
-    top = np.array([len(g.options) - 1 for g in space.groups])
-    options = [np.array(g.options) for g in space.groups]
+class _Table:
+    """All groups' options as one array, so that many width vectors are priced at once."""
+
+    def __init__(self, space: SearchSpace, budget: Budget) -> None:
+        self.space, self.budget = space, budget
+        self.top = np.array([len(g.options) - 1 for g in space.groups])
+        self._options = np.zeros((len(space.groups), int(self.top.max(initial=0)) + 1), dtype=np.int64)
+        for row, g in zip(self._options, space.groups, strict=True):
+            row[: len(g.options)] = g.options
+
+    def usage(self, genes: IntArray) -> Usage:
+        """Return ``[n]``: the share of the budget that genes ``[n, groups]`` use."""
+        widths = self._options[np.arange(len(self.top)), genes]
+        return np.asarray(self.budget.usage(self.space.graph, widths))
+
+
+def _walk(table: _Table, rng: np.random.Generator, n: int, band: float) -> tuple[IntArray, Usage]:
+    """Start ``n`` walks anywhere: step down into the budget, then up until in the band or nothing wider fits."""
     # Skewed starts spread the draws over narrow and wide shapes alike.
-    genes = np.rint(rng.beta(1, rng.uniform(0.5, 2), size=len(top)) * top).astype(np.int64)
-    vector = np.array([o[g] for o, g in zip(options, genes, strict=True)])
-    usage = budget.usage(space.graph, vector)
-    while usage > 1 and genes.any():
-        g = int(rng.choice(np.flatnonzero(genes)))
-        genes[g] -= 1
-        vector[g] = options[g][genes[g]]
-        usage = budget.usage(space.graph, vector)
-    for g in rng.permutation(np.repeat(np.arange(len(top)), np.minimum(top, 4))):
-        if usage > band:
-            break
-        if genes[g] < top[g]:
-            vector[g] = options[g][genes[g] + 1]
-            wider = budget.usage(space.graph, vector)
-            if wider <= 1:
-                genes[g] += 1
-                usage = wider
-            else:
-                vector[g] = options[g][genes[g]]
-    return tuple(genes.tolist()), float(usage)
+    skew = rng.uniform(0.5, 2, size=(n, 1))
+    genes = np.rint(rng.beta(1, skew, size=(n, len(table.top))) * table.top).astype(np.int64)
+    usage = table.usage(genes)
+    rows = np.flatnonzero((usage > 1) & genes.any(axis=1))
+    while len(rows):
+        genes[rows, _pick(genes[rows] > 0, rng)] -= 1
+        usage[rows] = table.usage(genes[rows])
+        rows = rows[(usage[rows] > 1) & genes[rows].any(axis=1)]
+    open_groups = genes < table.top
+    rows = np.flatnonzero((usage <= band) & open_groups.any(axis=1))
+    while len(rows):
+        groups = _pick(open_groups[rows], rng)
+        genes[rows, groups] += 1
+        wider = table.usage(genes[rows])
+        fits = wider <= 1
+        genes[rows[~fits], groups[~fits]] -= 1
+        usage[rows[fits]] = wider[fits]
+        # What does not fit now never will: the walk only widens. A step up may use a group up.
+        open_groups[rows, groups] = fits & (genes[rows, groups] < table.top[groups])
+        rows = rows[(usage[rows] <= band) & open_groups[rows].any(axis=1)]
+    return genes, usage
+
+
+def _pick(allowed: npt.NDArray[np.bool_], rng: np.random.Generator) -> IntArray:
+    """Return ``[n]``: for every row a random column where ``allowed [n, groups]`` holds."""
+    return np.asarray(np.where(allowed, rng.random(allowed.shape), -1.0).argmax(axis=1), dtype=np.int64)

@@ -19,7 +19,7 @@ from widthkit.train.step import StepContext
 
 @dataclass(frozen=True)
 class UniversallyAligned(Strategy):
-    """Leftmost channels; sandwich rule and in-place distillation (AutoSlim, section 3.2).
+    """Leftmost channels, sandwich rule, distillation (AutoSlim, section 3).
 
     Args:
         n_random: Random widths per step, besides the largest and the smallest.

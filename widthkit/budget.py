@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,13 @@ from widthkit.errors import BudgetError
 from widthkit.graph import ChannelGraph, Widths
 from widthkit.space import SearchSpace
 
-_SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_FORM = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?)\s*(x|macs|params)\s*$", re.IGNORECASE)
+_SCALE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_LARGEST = 2**53
+"""Costs are exact below this; a bound above it is no bound."""
+_FORM = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMGT]?)\s*(x|macs|params)\s*$", re.IGNORECASE)
+
+
+_FORMS = "budgets are in MACs (0.5x of the model's, 2.0GMACs) or params (3.1Mparams), several with commas"
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,13 @@ def parse_budget(text: str | Sequence[str] | Budget, graph: ChannelGraph) -> Bud
         graph: The model's channel graph.
 
     Raises:
-        BudgetError: If it cannot be read or is not positive.
+        BudgetError: If it cannot be read, or allows not even one multiply-add or parameter.
     """
     if isinstance(text, Budget):
         return text
-    parts = text.split(",") if isinstance(text, str) else list(text)
+    parts = text.split(",") if isinstance(text, str) else list(text) if isinstance(text, Iterable) else [text]
+    if not parts:
+        raise BudgetError(f"no budget is given; {_FORMS}")
     return Budget(tuple(_limit(part, graph) for part in parts))
 
 
@@ -105,12 +113,29 @@ def _limit(text: str, graph: ChannelGraph) -> Limit:
     found = _FORM.match(text) if isinstance(text, str) else None
     unit = found.group(3).lower() if found else ""
     if found is None or (unit == "x" and found.group(2)):
-        raise BudgetError(f"budget '{text}' cannot be read; write 0.5x, 2.0GMACs or 3.1Mparams (several with commas)")
-    number = float(found.group(1)) * _SCALE[found.group(2).upper() if found.group(2) != "k" else "k"]
-    if not number > 0:
-        raise BudgetError(f"budget '{text}' must be positive")
-    value = number * graph.macs() if unit == "x" else number
-    return Limit("params" if unit == "params" else "macs", int(value), text.strip())
+        raise BudgetError(f"budget '{text}' {_complaint(text)}; {_FORMS}")
+    value = _count(found.group(1), _SCALE[found.group(2).upper()] if unit != "x" else graph.macs())
+    if value < 1:
+        raise BudgetError(f"budget '{text}' allows nothing at all; it must be at least one multiply-add or parameter")
+    return Limit("params" if unit == "params" else "macs", value, text.strip())
+
+
+def _count(number: str, scale: int) -> int:
+    """Multiply as people do on paper: 2.3 times 10**6 is 2300000, which floats miss."""
+    if float(number) * scale >= _LARGEST:
+        return _LARGEST
+    return 0 if float(number) < 1e-30 else int(Fraction(number) * scale)
+
+
+def _complaint(text: Any) -> str:
+    """Say what is wrong with a budget: a unit that people write elsewhere, or something else."""
+    if isinstance(text, str) and re.search(r"[0-9]\s*([kmgt]i?)?b(ytes)?\s*$", text, re.IGNORECASE):
+        return "is a memory budget, which is not supported yet"
+    if isinstance(text, str) and re.search(r"[0-9]\s*(us|ms|s)\s*(@.*)?$", text, re.IGNORECASE):
+        return "is a latency budget, which is not supported yet"
+    if isinstance(text, str) and re.search(r"flops?\s*$", text, re.IGNORECASE):
+        return "is in FLOPs, which some count as one and some as two per multiply-add"
+    return "cannot be read"
 
 
 def show_count(value: float) -> str:

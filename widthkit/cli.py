@@ -36,7 +36,9 @@ ModelOption = Annotated[
 Freeze = Annotated[list[str] | None, typer.Option(help="Module path or pattern whose output widths stay")]
 Data = Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, folder:DIR or npz:FILE")]
 DataDir = Annotated[str | None, typer.Option(help="Folder that holds the data set")]
-ImageSize = Annotated[int | None, typer.Option(help="Resize images to this side length")]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Resize images to this side length; by default their own, at least 32")
+]
 LimitImages = Annotated[int | None, typer.Option("--limit", help="Most images per part of the data")]
 Augment = Annotated[bool, typer.Option(help="Random crops and flips while training")]
 Pretrained = Annotated[bool, typer.Option(help="Start from the library's weights")]
@@ -70,9 +72,7 @@ JsonFile = Annotated[Path | None, typer.Option("--out", help="Also write the res
 @app.command("trace")
 def trace_command(
     model: Model,
-    input_shape: Annotated[
-        str | None, typer.Option("--input", help="Shape of the example input: 1,3,224,224")
-    ] = None,
+    input_shape: Annotated[str | None, typer.Option("--input", help="Shape of the example input: 1,3,224,224")] = None,
     freeze: Freeze = None,
     free_outputs: Annotated[bool, typer.Option(help="Let the model's outputs vary in width")] = False,
     model_option: ModelOption = None,
@@ -158,9 +158,7 @@ def search_command(
 @app.command("export")
 def export_command(
     run: Run,
-    widths: Annotated[
-        Path | None, typer.Option(help="JSON file: group name -> width; the search's by default")
-    ] = None,
+    widths: Annotated[Path | None, typer.Option(help="JSON file: group name -> width; the search's by default")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; RUN/slim by default")] = None,
 ) -> None:
     """Write the slim network with the supernet's weights, its batch norms recalibrated."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from widthkit.clone import named_tensors
 from widthkit.errors import ModelError, close_matches
-from widthkit.structure import architecture, structure
+from widthkit.structure import architecture, plain_attributes, structure
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,32 @@ class ModelName:
     def build(self) -> nn.Module:
         """Build the model; see :func:`create_model`."""
         return create_model(self.name, **self.kwargs)
+
+    def outline(self) -> nn.Module:
+        """Build the model without memory for its weights and without drawing random numbers.
+
+        Raises:
+            ModelError: As :meth:`build`.
+
+        >>> ModelName("torchvision/regnet_y_400mf").outline().fc.weight.device
+        device(type='meta')
+        """
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    return self.build()
+            except ModelError:
+                # Some models compute their layout with tensors, which must be real then.
+                with _EmptyOnMeta():
+                    return self.build()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts only what nobody has filled yet, the weights of layers, on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
 
 
 def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -95,8 +122,10 @@ def _own_factory(name: str, pretrained: bool) -> Callable[..., Any]:
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ModelError(f"unknown model '{name}': {_line(error)}") from error
+    except Exception as error:  # a module of the user's may raise anything while it is imported
+        raise ModelError(f"{module_name} cannot be imported: {type(error).__name__}: {_line(error)}") from error
     if not callable(target):
         raise ModelError(f"'{name}' is a {type(target).__name__}, not a factory that returns a model")
     return (lambda **kwargs: target(pretrained=True, **kwargs)) if pretrained else target
@@ -119,10 +148,9 @@ def identify(model: nn.Module) -> ModelName | None:
 
     A candidate counts only if it has the same modules with the same settings and tensors of the same shapes.
     """
-    for candidate in _candidates(model):
+    for candidate in candidates(model):
         try:
-            with torch.device("meta"):
-                twin = candidate.build()
+            twin = candidate.outline()
         except ModelError:
             continue
         if same_structure(model, twin):
@@ -131,14 +159,15 @@ def identify(model: nn.Module) -> ModelName | None:
 
 
 def same_structure(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two models have the same modules, settings, and tensor shapes."""
-    if structure(a) != structure(b):
+    """Whether two models have the same modules, settings, plain attributes, and tensor shapes."""
+    if structure(a) != structure(b) or plain_attributes(a) != plain_attributes(b):
         return False
     shapes_a = {n: tuple(t.shape) for n, t in named_tensors(a).items()}
     return shapes_a == {n: tuple(t.shape) for n, t in named_tensors(b).items()}
 
 
-def _candidates(model: nn.Module) -> Iterator[ModelName]:
+def candidates(model: nn.Module) -> Iterator[ModelName]:
+    """Yield the names and arguments under which a model may have been built, likely ones first."""
     kwargs: dict[str, Any] = {}
     classes = _num_classes(model)
     if classes is not None:
@@ -149,10 +178,16 @@ def _candidates(model: nn.Module) -> Iterator[ModelName]:
         yield ModelName(f"timm/{name}", kwargs)
         yield ModelName(f"timm/{name}", {**kwargs, "in_chans": channels})
         yield ModelName(f"timm/{name}", {"features_only": True})
+    # GoogLeNet and Inception have these; their pretrained weights set both.
+    flags = {flag: getattr(model, flag) for flag in ("aux_logits", "transform_input") if hasattr(model, flag)}
     if type(model).__module__.startswith("torchvision."):
         for builder in _torchvision_builders(type(model)):
             yield ModelName(f"torchvision/{builder}", kwargs)
-            yield ModelName(f"torchvision/{builder}", {})
+            if not kwargs or type(model).__module__.count(".") > 2:
+                # Classifiers take num_classes; what lives deeper (detection, flow) may count or name them differently.
+                yield ModelName(f"torchvision/{builder}", {})
+            if flags:
+                yield ModelName(f"torchvision/{builder}", {**kwargs, **flags})
 
 
 def _torchvision_builders(cls: type) -> list[str]:

@@ -40,6 +40,7 @@ from widthkit.train import DataSplits, evaluate, load_data, make_loader, recalib
 from widthkit.version import versions
 
 Say = Callable[[str], None]
+_SMALLEST_IMAGE = 32
 
 
 class RunConfig(BaseModel):
@@ -51,7 +52,7 @@ class RunConfig(BaseModel):
         pretrained: Start the supernet from the library's weights.
         data: Data source.
         data_dir: Folder of the data source.
-        image_size: Side length that images are resized to.
+        image_size: Side length that images are resized to; their own, but at least 32, when not given.
         limit: Most images per part of the data.
         augment: Random crops and flips while training.
         strategy: Sharing strategy.
@@ -244,18 +245,24 @@ class Job:
 
     def _load_data(self) -> DataSplits:
         if self.data is None:
-            c = self.config
-            probe = create_model(c.model, **c.model_options)
-            self.data = load_data(
-                c.data,
-                data_dir=c.data_dir,
-                image_size=c.image_size,
-                in_channels=input_channels(probe),
-                seed=c.seed,
-                limit=c.limit,
-                augment=c.augment,
-            )
+            channels = input_channels(create_model(self.config.model, **self.config.model_options))
+            self.data = self._read_data(self.config.image_size, channels)
+            if self.config.image_size is None and min(self.data.native_size) < _SMALLEST_IMAGE:
+                # Networks that halve their input five times have nothing left to see of an 8x8 image.
+                self.data = self._read_data(_SMALLEST_IMAGE, channels)
         return self.data
+
+    def _read_data(self, image_size: int | None, channels: int) -> DataSplits:
+        c = self.config
+        return load_data(
+            c.data,
+            data_dir=c.data_dir,
+            image_size=image_size,
+            in_channels=channels,
+            seed=c.seed,
+            limit=c.limit,
+            augment=c.augment,
+        )
 
     def fresh_model(self, data: DataSplits, seed: int, pretrained: bool = False) -> nn.Module:
         """Build the dense model for the data's classes, with weights drawn from a seed."""

@@ -53,7 +53,7 @@ class Registry(Generic[T]):
         self.base = base
         self._items: dict[str, T] = {}
         self._owner: dict[str, str] = {}
-        self._failed: dict[str, str] = {}
+        self._failed: dict[tuple[str, str], str] = {}
         self._scanned = False
 
     def register(self, name: str) -> Callable[[P], P]:
@@ -77,11 +77,10 @@ class Registry(Generic[T]):
             PluginError: If there is none (with the close matches), or if it could not be imported.
         """
         self._scan()
-        if name in self._failed:
-            raise PluginError(self._failed[name])
-        if name not in self._items:
-            raise PluginError(f"unknown {self.kind} '{name}': {close_matches(name, self._items)}")
-        return self._items[name]
+        if name in self._items:
+            return self._items[name]
+        broken = [error for (failed, _), error in sorted(self._failed.items()) if failed == name]
+        raise PluginError("; ".join(broken) or f"unknown {self.kind} '{name}': {close_matches(name, self._items)}")
 
     def names(self) -> list[str]:
         """List the usable names in alphabetical order."""
@@ -92,23 +91,27 @@ class Registry(Generic[T]):
         """Describe every plug-in, broken ones included."""
         self._scan()
         for name in self.names():
-            doc = (inspect.getdoc(self._items[name]) or "").strip().splitlines()
+            # A class's own docstring: the base's would describe every plug-in alike.
+            doc = inspect.cleandoc(getattr(self._items[name], "__doc__", None) or "").splitlines()
             yield PluginInfo(self.kind, name, doc[0] if doc else "(no description)", self._owner[name])
-        for name, error in sorted(self._failed.items()):
-            yield PluginInfo(self.kind, name, "", self._owner.get(name, "?"), error)
+        for (name, owner), error in sorted(self._failed.items()):
+            yield PluginInfo(self.kind, name, "", owner, error)
 
     def _add(self, name: str, item: object, owner: str) -> None:
-        if name in self._items and self._items[name] is not item:
-            raise PluginError(
-                f"{self.kind} '{name}' of {owner} is already registered by {self._owner[name]}; rename one of them"
-            )
-        if self.base is not None and not (inspect.isclass(item) and issubclass(item, self.base)):
-            raise PluginError(f"{self.kind} '{name}' of {owner} must be a subclass of {self.base.__name__}")
-        if inspect.isclass(item) and inspect.isabstract(item):
-            missing = ", ".join(sorted(item.__abstractmethods__))
-            raise PluginError(f"{self.kind} '{name}' of {owner} leaves {missing} undefined")
+        why = self._refusal(name, item)
+        if why:
+            raise PluginError(f"{self.kind} '{name}' of {owner} cannot be used: {why}")
         self._items[name] = item  # type: ignore[assignment]
-        self._owner[name] = owner
+        self._owner.setdefault(name, owner)
+
+    def _refusal(self, name: str, item: object) -> str:
+        if name in self._items and self._items[name] is not item:
+            return f"that name is already taken by {self._owner[name]}; rename one of them"
+        if self.base is not None and not (inspect.isclass(item) and issubclass(item, self.base)):
+            return f"it must be a subclass of {self.base.__name__}"
+        if inspect.isclass(item) and inspect.isabstract(item):
+            return f"it leaves {', '.join(sorted(getattr(item, '__abstractmethods__', ())))} undefined"
+        return ""
 
     def _scan(self) -> None:
         if self._scanned:
@@ -122,15 +125,10 @@ class Registry(Generic[T]):
         try:
             self._add(point.name, point.load(), owner)
         except PluginError as error:
-            self._fail(point.name, owner, str(error))
+            self._failed[point.name, owner] = str(error)
         except Exception as error:
-            self._fail(point.name, owner, f"{type(error).__name__}: {' '.join(str(error).split())}")
-
-    def _fail(self, name: str, owner: str, why: str) -> None:
-        # A broken duplicate must not hide the working plug-in that had the name first.
-        key = name if name not in self._items else f"{name} ({owner})"
-        self._failed[key] = f"{self.kind} '{name}' of the package {owner} cannot be used: {why}"
-        self._owner.setdefault(key, owner)
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self._failed[point.name, owner] = f"{self.kind} '{point.name}' of {owner} cannot be used: {why}"
 
 
 def _distribution(point: EntryPoint) -> str:

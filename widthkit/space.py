@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class SearchSpace:
     Args:
         graph: Prices every width vector.
         groups: One entry per group, in the graph's order.
-        divisor: Widths are multiples of this, except the widest of a group.
+        divisor: Widths are multiples of this, except the widest of a group and the model's own.
 
     >>> from torch import nn
     >>> from widthkit.trace import trace
@@ -133,12 +134,13 @@ def uniform_space(
         graph: The channel graph.
         k: Choices per group before limits and rounding (the papers take 10 or 20).
         min_width: Narrowest width: an int in units, or a ratio as a float or ``"0.15x"``.
-        max_width: Widest width, in the same forms; above ``"1x"`` the supernet grows.
-        divisor: Widths are multiples of this, except the widest (8 suits tensor cores).
+        max_width: Widest width, in the same forms; above ``"1x"`` the supernet grows. An int never grows a group.
+        divisor: Widths are multiples of this, except the widest and the model's own (8 suits tensor cores).
         fixed: Group name -> the one width that it keeps.
 
     Raises:
         OptionError: If the options are out of range.
+        WidthsError: If ``fixed`` names an unknown group, or a width that the group cannot have.
     """
     if k < 1:
         raise OptionError(f"k={k}: a group needs at least one choice")
@@ -170,9 +172,10 @@ def flops_bins(
 
     Raises:
         OptionError: If the options are out of range.
+        WidthsError: If ``fixed`` names an unknown group, or a width that the group cannot have.
     """
-    if not beta > 0:
-        raise OptionError(f"beta={beta}: the smallest bin size must be positive")
+    if not 0 < beta < math.inf:
+        raise OptionError(f"beta={beta}: the smallest bin size must be a positive number")
     sizes = bin_sizes(graph, beta)
 
     def steps(g: int, widest: int) -> list[float]:
@@ -186,9 +189,10 @@ def bin_sizes(graph: ChannelGraph, beta: float = 1.0) -> IntArray:
     sensitivity = graph.sensitivity()
     if not len(sensitivity):
         return np.zeros(0, dtype=np.int64)
-    with np.errstate(divide="ignore"):
-        sizes = beta * sensitivity.max() / sensitivity
-    return np.clip(np.rint(np.minimum(sizes, graph.group_widths)), 1, graph.group_widths).astype(np.int64)
+    sizes = np.full(len(sensitivity), np.inf)  # a group that costs no MACs is one bin
+    np.divide(beta * sensitivity.max(), sensitivity, out=sizes, where=sensitivity > 0)
+    clipped = np.clip(np.rint(np.minimum(sizes, graph.group_widths)), 1, graph.group_widths)
+    return np.asarray(clipped, dtype=np.int64)
 
 
 def _space(
@@ -215,25 +219,37 @@ def _space(
             options.add(low)
         if low <= width <= high:
             options.add(width)
-        groups.append(GroupChoices(name, width, (fixed[name],) if name in fixed else tuple(sorted(options))))
+        if name in fixed:
+            options = {_fixed_width(name, fixed[name], max(width, high))}
+        groups.append(GroupChoices(name, width, tuple(sorted(options))))
     return SearchSpace(graph, tuple(groups), divisor)
 
 
-def resolve_limit(limit: Limit, width: int) -> int:
-    """Turn a limit into units: an int as it is, a float or ``"0.5x"`` as a ratio of the width.
+def _fixed_width(name: str, width: Any, widest: int) -> int:
+    if not isinstance(width, (int, np.integer)) or isinstance(width, bool) or not 1 <= width <= widest:
+        raise WidthsError(f"group '{name}': fixed width {width!r} is not an int from 1 to {widest}")
+    return int(width)
 
-    >>> resolve_limit("1.5x", 64), resolve_limit(0.25, 64), resolve_limit(8, 64)
-    (96, 16, 8)
+
+def resolve_limit(limit: Limit, width: int) -> int:
+    """Turn a limit into units: an int as it is (at most the width), a float or ``"0.5x"`` as a ratio of the width.
+
+    >>> resolve_limit("1.5x", 64), resolve_limit(0.25, 64), resolve_limit(8, 64), resolve_limit("8", 4)
+    (96, 16, 8, 4)
 
     Raises:
         OptionError: If the limit cannot be read or is not positive.
     """
-    if isinstance(limit, str):
-        try:
-            limit = float(limit.removesuffix("x"))
-        except ValueError:
-            raise OptionError(f"width limit '{limit}' is neither a number of channels nor a ratio like '0.5x'") from None
-    if not limit > 0:
-        raise OptionError(f"width limit {limit} must be positive")
-    units = min(limit, width) if isinstance(limit, int) else round(limit * width)
+    number = _number(limit) if isinstance(limit, str) else limit
+    if not 0 < number < math.inf:
+        raise OptionError(f"width limit {limit} must be positive and finite")
+    units = min(number, width) if isinstance(number, int) else round(number * width)
     return max(1, int(units))
+
+
+def _number(text: str) -> int | float:
+    """Read ``"8"`` as units; ``"0.5"`` and ``"2x"`` as ratios."""
+    try:
+        return int(text) if text.strip().isdecimal() else float(text.strip().removesuffix("x"))
+    except ValueError:
+        raise OptionError(f"width limit '{text}' is neither a number of channels nor a ratio like '0.5x'") from None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -23,8 +26,44 @@ def structure_hash(model_structure: Structure) -> str:
     return hashlib.sha256(json.dumps(model_structure).encode()).hexdigest()
 
 
+def plain_attributes(model: nn.Module) -> dict[tuple[str, str], str]:
+    """What a module keeps beside its settings: flags, rates and functions that its forward may look at."""
+    return {
+        (path, key): getattr(value, "__qualname__", None) or repr(value)
+        for path, module in model.named_modules()
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key != "training" and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str)) or inspect.isroutine(value)
+
+
 def architecture(model: nn.Module) -> str | None:
     """Return the name that timm built a model under, if timm did."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     name = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
     return name if isinstance(name, str) else None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What a dense model is recognised by.
+
+    Args:
+        structure: Its modules with their settings.
+        attributes: The plain attributes of its modules.
+        architecture: The name that timm built it under, if timm did.
+    """
+
+    structure: Structure
+    attributes: Mapping[tuple[str, str], str]
+    architecture: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Dense:
+        """Describe a model."""
+        return cls(structure(model), plain_attributes(model), architecture(model))

@@ -16,7 +16,7 @@ from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
 from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
 from widthkit.strategy import Path, Strategy, make_strategy
-from widthkit.structure import architecture, structure
+from widthkit.structure import Dense
 from widthkit.trace import trace
 from widthkit.train.modes import call_model
 from widthkit.train.step import StepContext
@@ -51,8 +51,7 @@ class Supernet(nn.Module):
         plan, self.wide_graph = grow(graph, capacities)
         self.model = apply_plan(model, plan, seed=seed)
         self.training = model.training
-        self.dense_structure = structure(model)
-        self.dense_architecture = architecture(model)
+        self.dense = Dense.of(model)
         self.graph = graph
         self.space = space
         self.strategy = strategy

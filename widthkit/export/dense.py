@@ -11,7 +11,7 @@ from torch import nn
 from widthkit.export.origin import Origin, after, origin_of, set_origin
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.plan import Plan, apply_plan, make_plan
-from widthkit.structure import architecture, structure
+from widthkit.structure import Dense
 from widthkit.supernet import Supernet
 from widthkit.trace import trace
 
@@ -53,7 +53,7 @@ def export(
     graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
     plan = make_plan(graph, widths)
     slim = apply_plan(net, plan)
-    origin = _origin(graph, plan, structure(net), architecture(net))
+    origin = _origin(graph, plan, Dense.of(net))
     earlier = origin_of(net)
     set_origin(slim, origin if earlier is None else after(earlier, origin))
     return slim
@@ -62,15 +62,15 @@ def export(
 def _from_supernet(net: Supernet, widths: Kept | None, path: int) -> nn.Module:
     units = net.active if widths is None else net.units(widths, path)
     slim = apply_plan(net.model, net.plan(units))
-    origin = _origin(net.graph, _dense_plan(net, units), net.dense_structure, net.dense_architecture)
+    origin = _origin(net.graph, _dense_plan(net, units), net.dense)
     earlier = origin_of(net.model)
     set_origin(slim, origin if earlier is None else after(earlier, origin))
     return slim
 
 
-def _origin(graph: ChannelGraph, plan: Plan, dense: Any, name: str | None) -> Origin:
+def _origin(graph: ChannelGraph, plan: Plan, dense: Dense) -> Origin:
     costs = graph.macs(plan.widths), graph.params(plan.widths), graph.macs(), graph.params()
-    return Origin(plan, dense, name, *costs)
+    return Origin(plan, dense, *costs)
 
 
 def _dense_plan(net: Supernet, units: dict[str, IntArray]) -> Plan:

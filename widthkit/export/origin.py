@@ -9,7 +9,7 @@ from torch import nn
 
 from widthkit.models import ModelName
 from widthkit.plan import Plan
-from widthkit.structure import Structure
+from widthkit.structure import Dense
 
 _RECORD = "_widthkit_origin"
 
@@ -20,8 +20,7 @@ class Origin:
 
     Args:
         plan: The plan that makes its shapes from the dense model.
-        structure: Module tree of the dense model, to recognise it by.
-        architecture: The name that timm built the dense model under, if timm did.
+        dense: What the dense model is recognised by.
         macs: MACs per example of the slim network.
         params: Parameters of the slim network.
         dense_macs: MACs per example of the dense model.
@@ -30,8 +29,7 @@ class Origin:
     """
 
     plan: Plan
-    structure: Structure
-    architecture: str | None
+    dense: Dense
     macs: int
     params: int
     dense_macs: int

@@ -20,7 +20,7 @@ from widthkit.export.schema import SlimFile, decode_plan, encode_plan
 from widthkit.files import atomic_write
 from widthkit.models import ModelName, candidates, create_model
 from widthkit.plan import apply_plan, check_shapes
-from widthkit.structure import structure, structure_hash
+from widthkit.structure import Dense, structure, structure_hash
 
 
 def save(
@@ -58,7 +58,7 @@ def save(
         "format": 1,
         "widthkit": widthkit.version.__version__,
         "model": {"name": name.name, "kwargs": dict(name.kwargs)},
-        "dense_structure": structure_hash(origin.structure),
+        "dense_structure": structure_hash(origin.dense.structure),
         "slim_structure": structure_hash(structure(slim)),
         "weights_sha256": hashlib.sha256(blob).hexdigest(),
         "macs": origin.macs,
@@ -111,8 +111,8 @@ def _rebuild(name: ModelName, record: SlimFile, recipe: Path) -> nn.Module:
         dense = create_model(name.name, **name.kwargs)
     except ModelError as error:
         raise SlimFileError(f"{recipe}: {error}") from error
-    own = structure(dense)
-    if structure_hash(own) != record.dense_structure:
+    described = Dense.of(dense)
+    if structure_hash(described.structure) != record.dense_structure:
         raise SlimFileError(f"{recipe}: {name.name} has another structure in this version of its library")
     try:
         plan = decode_plan(record, {n: tuple(t.shape) for n, t in named_tensors(dense).items()})
@@ -122,7 +122,7 @@ def _rebuild(name: ModelName, record: SlimFile, recipe: Path) -> nn.Module:
     if structure_hash(structure(slim)) != record.slim_structure:
         raise SlimFileError(f"{recipe}: the plan rebuilds another network than the one that was saved")
     costs = record.macs, record.params, record.dense_macs, record.dense_params
-    set_origin(slim, Origin(plan, own, None, *costs, model=name))
+    set_origin(slim, Origin(plan, described, *costs, model=name))
     return slim
 
 
@@ -131,13 +131,12 @@ def _name_of(slim: nn.Module, origin: Origin, given: ModelName | None) -> ModelN
     known = [given] if given else [origin.model] if origin.model else list(candidates(slim))
     for candidate in known:
         try:
-            with torch.device("meta"):
-                dense = candidate.build()
+            twin = candidate.outline()
         except ModelError as error:
             if given:
                 raise SlimFileError(str(error)) from error
             continue
-        if structure(dense) == origin.structure and _same_result(dense, slim, origin):
+        if _same_dense(twin, origin) and _same_result(twin, slim, origin):
             return candidate
     if given:
         raise SlimFileError(f"{given.name} with {dict(given.kwargs)} does not rebuild this network")
@@ -145,6 +144,11 @@ def _name_of(slim: nn.Module, origin: Origin, given: ModelName | None) -> ModelN
         f"the dense model behind this {type(slim).__name__} has no known name; pass model='package.module:factory' "
         "(and kwargs=) so that it can be rebuilt"
     )
+
+
+def _same_dense(twin: nn.Module, origin: Origin) -> bool:
+    described = Dense.of(twin)
+    return (described.structure, described.attributes) == (origin.dense.structure, origin.dense.attributes)
 
 
 def _same_result(dense: nn.Module, slim: nn.Module, origin: Origin) -> bool:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from widthkit.errors import DataError
+from widthkit.errors import DataError, OptionError
 from widthkit.supernet import Supernet
 from widthkit.train.calibrate import batch_statistics
 from widthkit.train.losses import accuracy
+from widthkit.train.modes import batch_size as count_samples
+from widthkit.train.modes import checked_device, model_device
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -44,18 +46,22 @@ class Evaluator:
         loader: Held-out batches ``(inputs, targets)``.
         loss: The criterion.
         batch_size: Examples per forward pass; batch statistics want many (2,048 in the papers).
-        device: Where to run; the supernet's own device by default.
+        device: Where to run; the supernet moves there. Its own device by default.
 
     Raises:
         DataError: If the loader has no batch.
+        OptionError: If the batch size is not positive, or the device is not there.
     """
 
     def __init__(
         self, net: Supernet, loader: Iterable[Any], loss: Loss, *, batch_size: int = 2048, device: Any = None
     ) -> None:
         self.net = net
+        if batch_size < 1:
+            raise OptionError(f"batch_size={batch_size}: it must be at least 1")
         self.loss = loss
-        self.device = torch.device(device) if device is not None else _device_of(net)
+        self.device = checked_device(device) or model_device(net)
+        net.to(self.device)
         self.batches = _rebatch(loader, batch_size, self.device)
 
     def __call__(self, widths: Mapping[str, int]) -> Judgement:
@@ -87,27 +93,29 @@ class Evaluator:
         return total / seen, correct / seen if counts else None
 
 
-def _device_of(net: Supernet) -> torch.device:
-    return next((p.device for p in net.parameters()), torch.device("cpu"))
-
-
 def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device) -> list[tuple[Any, Any, int]]:
-    """Join small batches of tensors into large ones; batches of other kinds stay as they come."""
+    """Join small batches of equally shaped tensors into large ones; batches of other kinds stay as they come."""
     batches: list[tuple[Any, Any, int]] = []
-    pending: list[tuple[Tensor, Tensor]] = []
+    pending: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for batch in loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError("a held-out batch must be (inputs, targets); wrap your loader")
         inputs, targets = tree_map_only(Tensor, lambda t: t.to(device), tuple(batch))
-        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
-            pending.append((inputs, targets))
+        if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and inputs.ndim and targets.ndim:
+            if len(inputs) != len(targets):
+                raise DataError(f"a held-out batch has {len(inputs)} inputs and {len(targets)} targets")
+            kind = inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype
+            pending.setdefault(kind, []).append((inputs, targets))
         else:
-            batches.append((inputs, targets, len(targets)))
-    if pending:
-        inputs, targets = (torch.cat(parts) for parts in zip(*pending, strict=True))
+            n = len(targets) if isinstance(targets, (tuple, list)) else count_samples(inputs)
+            batches.append((inputs, targets, n))
+    for pairs in pending.values():
+        inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        if not len(inputs):
+            continue
         # Equal parts, so that no small remainder gets batch statistics of its own.
         n_parts = -(-len(inputs) // batch_size)
-        for x, y in zip(inputs.chunk(n_parts), targets.chunk(n_parts), strict=True):
+        for x, y in zip(inputs.tensor_split(n_parts), targets.tensor_split(n_parts), strict=True):
             batches.append((x, y, len(x)))
     if not batches:
         raise DataError("the held-out loader has no batch; check the data set's size and drop_last")

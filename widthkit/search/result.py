@@ -84,7 +84,12 @@ class SearchResult:
             if data.pop("format") != FORMAT:
                 raise CheckpointError(f"{path}: another format version; this widthkit reads version {FORMAT}")
             data.pop("pareto", None)
-            trials = [Trial(**trial) for trial in data.pop("trials")]
+            trials = [_trial(trial) for trial in data.pop("trials")]
             return cls(trials=trials, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a search result ({type(error).__name__}: {error})") from error
+
+
+def _trial(data: dict[str, Any]) -> Trial:
+    """Read one trial; JSON has no NaN, so a score that was none comes back from null."""
+    return Trial(**{**data, **{key: float("nan") for key in ("score", "loss") if data[key] is None}})

@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from widthkit.budget import Budget, parse_budget, show_count
-from widthkit.errors import BudgetError, CheckpointError, OptionError
-from widthkit.files import atomic_json
+from widthkit.errors import BudgetError, ModelError, OptionError
+from widthkit.graph import ChannelGraph
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
+from widthkit.search.journal import Journal
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
 
 Judge = Callable[[Mapping[str, int]], Judgement]
+_SAMPLED = 1 << 16
+"""Numbers of a held-out batch that tell two data sets apart."""
 
 
 def search(
@@ -51,7 +57,7 @@ def search(
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
         seed: Seeds the searcher.
         batch_size: Examples per forward pass; batch statistics want many.
-        device: Where to judge; the supernet's device by default.
+        device: Where to judge; the supernet moves there. Its own device by default.
         out: Folder for ``search.json`` and the journal that ``resume`` reads.
         resume: Continue an interrupted search; the result is the same as without the interruption.
         progress: Show a progress bar on a terminal.
@@ -61,68 +67,101 @@ def search(
     Raises:
         BudgetError: If even the narrowest network exceeds the budget.
         CheckpointError: If ``resume`` finds a journal of another search.
+        ModelError: If no network inside the budget got a finite score.
     """
     limit = parse_budget(budget, net.graph)
     limit.check(net.space)
-    judge = Evaluator(net, loader, loss or cross_entropy(), batch_size=batch_size, device=device)
     rng = np.random.default_rng(seed)
-    engine = _make_searcher(searcher, net, limit, rng, options)
+    engine = make_searcher(searcher, net, limit, rng, options)
+    criterion = loss or cross_entropy()
+    judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
-    journal = Journal(Path(out) / "search-journal.json" if out is not None else None, _identity(net, settings))
+    journal = Journal(
+        Path(out) / "search-journal.jsonl" if out is not None else None, _identity(net, judge, criterion, settings)
+    )
     known = journal.read() if resume else {}
     with _show(progress) as shown:
-        trials = _loop(engine, net, judge, journal, known, [f for f in (shown, on_trial) if f])
+        trials = run_loop(engine, net.graph, judge, journal, known, [f for f in (shown, on_trial) if f])
     result = _result(net, limit, trials, settings)
     if out is not None:
         result.save(Path(out) / "search.json")
     return result
 
 
-def _make_searcher(name: str, net: Supernet, budget: Budget, rng: np.random.Generator, options: Any) -> Searcher:
+def make_searcher(
+    name: str, net: Supernet, budget: Budget, rng: np.random.Generator, options: Mapping[str, Any]
+) -> Searcher:
+    """Build a registered searcher for a supernet's space.
+
+    Raises:
+        PluginError: If no searcher has that name.
+        OptionError: If it does not take one of the options.
+    """
     cls = SEARCHERS.get(name)
-    accepted = [p for p in inspect.signature(cls).parameters if p not in ("space", "budget", "rng")]
+    parameters = inspect.signature(cls).parameters
+    accepted = [p for p in parameters if p not in ("space", "budget", "rng")]
     unknown = sorted(set(options) - set(accepted))
-    if unknown:
-        raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; its options are: {', '.join(accepted)}")
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
+        raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
     return cls(net.space, budget, rng, **options)
 
 
-def _loop(
+def run_loop(
     engine: Searcher,
-    net: Supernet,
+    graph: ChannelGraph,
     judge: Judge,
     journal: Journal,
     known: dict[str, Judgement],
-    watchers: list[Callable[[Trial, float], None]],
+    watchers: Sequence[Callable[[Trial, float], None]] = (),
 ) -> list[Trial]:
-    """Replay what is known, judge the rest. Searchers are deterministic, so a replay leads to the same state."""
+    """Ask, judge what is not known yet, tell. Searchers are deterministic, so a replay leads to the same state.
+
+    Args:
+        engine: The searcher.
+        graph: Prices the width vectors.
+        judge: Gives a width vector's judgement.
+        journal: Gets every new judgement before anyone else hears of it.
+        known: Judgements by width vector as JSON; new ones are put in.
+        watchers: Called with every trial and the progress.
+
+    Returns:
+        Every trial, in order.
+    """
     trials: list[Trial] = []
     while not engine.done:
         asked = engine.ask()
         if not asked:
             break
         scores = []
-        for widths in asked:
+        for proposal in asked:
+            widths = {name: int(width) for name, width in proposal.items()}
             key = json.dumps(widths, sort_keys=True)
             if key not in known:
                 known[key] = judge(widths)
                 journal.add(key, known[key])
             found = known[key]
-            cost = net.graph.macs(widths), net.graph.params(widths)
-            trials.append(Trial(dict(widths), found.score, found.loss, found.accuracy, *cost))
+            trials.append(
+                Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
+            )
             scores.append(found.score if math.isfinite(found.score) else -math.inf)
             for watch in watchers:
                 watch(trials[-1], engine.progress)
         engine.tell(asked, scores)
-    journal.flush()
     return trials
 
 
 def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[str, Any]) -> SearchResult:
-    inside = [t for t in trials if budget.fits(net.graph, t.widths) and math.isfinite(t.score)]
+    inside = [t for t in trials if budget.fits(net.graph, t.widths)]
     if not inside:
         raise BudgetError(f"no judged network was inside the budget {budget}; the searcher proposed {len(trials)}")
-    best = max(inside, key=lambda t: (t.score, -t.macs))
+    finite = [t for t in inside if math.isfinite(t.score)]
+    if not finite:
+        raise ModelError(
+            f"none of the {len(inside)} networks inside the budget has a finite loss; the supernet diverged or the "
+            "held-out data holds NaN"
+        )
+    best = max(finite, key=lambda t: (t.score, -t.macs))
     full = {"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()}
     return SearchResult(
         best.widths,
@@ -139,62 +178,24 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
     )
 
 
-def _identity(net: Supernet, settings: Mapping[str, Any]) -> str:
-    """Hash what a journal depends on: settings, space and the supernet's weights."""
+def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str, Any]) -> str:
+    """Hash what judgements depend on: settings, space, weights, criterion and held-out data."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
     digest.update(repr([(g.name, g.options) for g in net.space.groups]).encode())
-    digest.update(repr(net.strategy).encode())
+    digest.update(repr((net.strategy, getattr(loss, "__qualname__", type(loss).__qualname__))).encode())
     for name, tensor in net.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().double().sum().numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    for inputs, targets, n in judge.batches:
+        digest.update(f"batch of {n}".encode())
+        for leaf in tree_leaves((inputs, targets)):
+            if isinstance(leaf, Tensor) and leaf.numel():
+                digest.update(_bytes(leaf.reshape(-1)[:: -(-leaf.numel() // _SAMPLED)]))
     return digest.hexdigest()
 
 
-class Journal:
-    """Judgements on disk, so that a killed search replays them.
-
-    Args:
-        path: Where to keep them; ``None`` keeps nothing.
-        identity: Hash of the search; a journal of another search is refused.
-    """
-
-    def __init__(self, path: Path | None, identity: str) -> None:
-        self.path = path
-        self.identity = identity
-        self._entries: dict[str, list[float | None]] = {}
-
-    def read(self) -> dict[str, Judgement]:
-        """Return the judgements of an earlier run of the same search; nothing if there was none.
-
-        Raises:
-            CheckpointError: If the journal is damaged or belongs to another search.
-        """
-        if self.path is None or not self.path.exists():
-            return {}
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            identity, entries = data["identity"], dict(data["entries"])
-            found = {k: Judgement(float(s), float(x), None if a is None else float(a)) for k, (s, x, a) in entries.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path} is damaged ({error}); delete it to search from the start") from error
-        if identity != self.identity:
-            raise CheckpointError(
-                f"{self.path} belongs to another search (other weights, space, budget, searcher or seed); "
-                "delete it or choose another folder"
-            )
-        self._entries = entries
-        return found
-
-    def add(self, key: str, judgement: Judgement) -> None:
-        """Write one more judgement down."""
-        self._entries[key] = [judgement.score, judgement.loss, judgement.accuracy]
-        self.flush()
-
-    def flush(self) -> None:
-        """Write the journal, atomically."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_json(self.path, {"identity": self.identity, "entries": self._entries})
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _show(progress: bool) -> AbstractContextManager[Callable[[Trial, float], None] | None]:

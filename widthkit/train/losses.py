@@ -41,7 +41,7 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
         logits = main_output(outputs)
         _check_classes(logits, targets)
         targets = targets if targets.is_floating_point() else targets.long()
-        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        return F.cross_entropy(_at_least_single(logits), targets, label_smoothing=smoothing)
 
     criterion.__qualname__ = f"cross_entropy({smoothing})"
     return criterion
@@ -70,8 +70,8 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
             f"distillation needs logits (N, C, ...) of one shape, got {tuple(logits.shape)} for the student and "
             f"{tuple(teacher_logits.shape)} for the teacher; use a strategy without distillation."
         )
-    teacher = teacher_logits.detach().float().softmax(dim=1)
-    return -(teacher * logits.float().log_softmax(dim=1)).sum(dim=1).mean()
+    teacher = _at_least_single(teacher_logits.detach()).softmax(dim=1)
+    return -(teacher * _at_least_single(logits).log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def accuracy(outputs: Any, targets: Any) -> float | None:
@@ -151,3 +151,8 @@ def _check_classes(logits: Tensor, targets: Tensor) -> None:
     if high >= logits.shape[1] or (low < 0 and low != -100):
         wrong, classes = (high if high >= logits.shape[1] else low), logits.shape[1]
         raise DataError(f"label {wrong} does not fit the model's {classes} classes; set the model's num_classes.")
+
+
+def _at_least_single(logits: Tensor) -> Tensor:
+    """Half precision is too coarse for exponentials; double precision stays."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -1,0 +1,42 @@
+"""Every built-in plug-in runs the suites that a stranger's runs."""
+
+from functools import partial
+
+import pytest
+from widthkit_plugins.bc import BilaterallyCoupled
+from widthkit_plugins.greedy import GreedySearcher
+from widthkit_plugins.random_search import RandomSearcher
+from widthkit_plugins.ua import UniversallyAligned
+from widthkit_plugins.uniform import UniformSearcher
+
+from widthkit.testing import SearcherConformance, StrategyConformance
+
+
+class TestUniversallyAligned(StrategyConformance):
+    @pytest.fixture(params=[{}, {"n_random": 0}, {"distill": False}], ids=str)
+    def strategy(self, request):
+        return UniversallyAligned(**request.param)
+
+
+class TestBilaterallyCoupled(StrategyConformance):
+    @pytest.fixture(params=[{}, {"complementary": False}], ids=str)
+    def strategy(self, request):
+        return BilaterallyCoupled(**request.param)
+
+
+class TestGreedy(SearcherConformance):
+    @pytest.fixture
+    def make_searcher(self):
+        return GreedySearcher
+
+
+class TestRandom(SearcherConformance):
+    @pytest.fixture(params=[{"n": 10}, {"n": 7, "band": 0.0}], ids=str)
+    def make_searcher(self, request):
+        return partial(RandomSearcher, **request.param)
+
+
+class TestUniform(SearcherConformance):
+    @pytest.fixture
+    def make_searcher(self):
+        return UniformSearcher

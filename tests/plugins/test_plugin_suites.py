@@ -1,0 +1,185 @@
+"""The conformance suites themselves: a plug-in that breaks a rule fails the test of that rule."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from widthkit_plugins.bc import BilaterallyCoupled
+from widthkit_plugins.greedy import GreedySearcher
+from widthkit_plugins.random_search import RandomSearcher
+from widthkit_plugins.ua import UniversallyAligned
+
+from widthkit.strategy import StepCost, Strategy
+from widthkit.testing import SearcherConformance, StrategyConformance
+
+
+def derived(base, **methods):
+    """A strategy like ``base`` with some methods replaced; a frozen dataclass as it should be."""
+    return dataclass(frozen=True)(type("Broken", (base,), {"__doc__": "Broken on purpose.", **methods}))()
+
+
+def untouched(self, net, step):
+    return torch.zeros(())
+
+
+def same_widths(self, net, step):
+    loss = step.loss(net.forward_on(net.paths(net.space.smallest)[0], step), step.targets)
+    step.backward(loss)
+    return loss.detach()
+
+
+def updates(self, net, step):
+    loss = UniversallyAligned.train_step(self, net, step)
+    with torch.no_grad():
+        net.model.head.weight.add_(1)
+    return loss
+
+
+def global_draws(self, net, step):
+    torch.rand(1)
+    return UniversallyAligned.train_step(self, net, step)
+
+
+def attached(self, net, step):
+    loss = step.loss(net.forward_on(net.paths(net.space.largest)[0], step), step.targets)
+    step.backward(loss)
+    return loss
+
+
+STRATEGIES = {
+    "capacity": ("test_capacity_covers_the_widest_choice", {"capacity": lambda s, c: c.widest - 1}, ("plain",)),
+    "past the end": (
+        "test_paths_name_distinct_ascending_units_inside_the_capacity",
+        {"paths": lambda s, width, c: (np.arange(width) + 1,)},
+        ("plain",),
+    ),
+    "descending": (
+        "test_paths_name_distinct_ascending_units_inside_the_capacity",
+        {"paths": lambda s, width, c: (np.arange(width)[::-1],)},
+        ("plain",),
+    ),
+    "random paths": (
+        "test_paths_are_deterministic",
+        {"paths": lambda s, w, c: (np.sort(np.random.default_rng().permutation(c.widest)[:w]),)},
+        (),
+    ),
+    "too few": (
+        "test_paths_name_distinct_ascending_units_inside_the_capacity",
+        {"paths": lambda s, width, c: (np.arange(max(1, width - 1)),)},
+        ("plain",),
+    ),
+    "cost": ("test_a_step_costs_what_it_declares", {"cost": property(lambda s: StepCost(1, 1))}, ()),
+    "untrained": ("test_every_unit_is_trained", {"train_step": same_widths}, ("plain",)),
+    "no gradients": ("test_a_step_gives_a_finite_detached_loss_and_gradients", {"train_step": untouched}, ("plain",)),
+    "attached": ("test_a_step_gives_a_finite_detached_loss_and_gradients", {"train_step": attached}, ("plain",)),
+    "learns nothing": ("test_training_learns", {"train_step": untouched}, ()),
+    "updates": ("test_a_step_leaves_weights_to_the_optimiser", {"train_step": updates}, ()),
+    "global draws": ("test_a_step_leaves_weights_to_the_optimiser", {"train_step": global_draws}, ()),
+    "sum": ("test_scores_of_all_paths_become_one", {"combine": lambda s, scores: sum(scores) + 1}, ()),
+}
+
+
+@pytest.mark.parametrize(("test", "methods", "arguments"), STRATEGIES.values(), ids=STRATEGIES)
+def test_a_broken_strategy_fails(test, methods, arguments):
+    suite = StrategyConformance()
+    getattr(suite, test)(derived(UniversallyAligned), *arguments)
+    with pytest.raises(Exception, match=r".") as caught:
+        getattr(suite, test)(derived(UniversallyAligned, **methods), *arguments)
+    assert not isinstance(caught.value, (AttributeError, NameError))
+
+
+def test_a_strategy_that_is_no_frozen_dataclass_fails():
+    class Loose(BilaterallyCoupled):
+        """Not a dataclass of its own, which is fine."""
+
+    StrategyConformance().test_strategy_is_a_frozen_dataclass(Loose())
+
+    class Bare(Strategy):
+        capacity = paths = train_step = combine = cost = None
+
+    with pytest.raises(AssertionError, match="decorate the class"):
+        StrategyConformance().test_strategy_is_a_frozen_dataclass(Bare())
+
+
+class Forgets(GreedySearcher):
+    def load_state_dict(self, state):
+        pass
+
+
+class Alias(GreedySearcher):
+    def state_dict(self):
+        self.kept = getattr(self, "kept", {})
+        self.kept["now"] = self._now
+        return self.kept
+
+    def tell(self, widths, scores):
+        super().tell(widths, scores)
+        if hasattr(self, "kept"):
+            self.kept["now"] = self._now
+
+
+class Unseeded(RandomSearcher):
+    def __init__(self, space, budget, rng):
+        super().__init__(space, budget, np.random.default_rng(), n=10, band=0.0)
+
+
+class Endless(GreedySearcher):
+    done = property(lambda self: False)
+
+    def ask(self):
+        return [self.space.largest]
+
+    def tell(self, widths, scores):
+        pass
+
+
+class Wide(GreedySearcher):
+    def ask(self):
+        return [{**w, self.space.names[0]: self.space.groups[0].widest + 1} for w in super().ask()]
+
+    def tell(self, widths, scores):
+        super().tell([{**w, self.space.names[0]: self.space.groups[0].narrowest} for w in widths], scores)
+
+
+class Afraid(GreedySearcher):
+    def tell(self, widths, scores):
+        if not all(math.isfinite(score) for score in scores):
+            raise ValueError("a bad score")
+        super().tell(widths, scores)
+
+
+class Spendthrift(GreedySearcher):
+    done = property(lambda self: self._judged_first)
+
+
+class Shared(GreedySearcher):
+    def ask(self):
+        return [self._now] if not self._judged_first else super().ask()
+
+
+class Percent(GreedySearcher):
+    progress = property(lambda self: 100.0)
+
+
+SEARCHERS = {
+    "state": (Forgets, "test_a_saved_state_goes_on_identically", ()),
+    "alias": (Alias, "test_a_saved_state_is_a_snapshot", ()),
+    "seed": (Unseeded, "test_the_seed_determines_the_search", ()),
+    "endless": (Endless, "test_the_seed_determines_the_search", ()),
+    "range": (Wide, "test_proposals_name_every_group_with_a_width_in_range", ("plain",)),
+    "bad scores": (Afraid, "test_networks_that_diverge_do_not_stop_it", (math.nan, 2)),
+    "budget": (Spendthrift, "test_something_inside_the_budget_is_proposed", ("plain", "0.5x")),
+    "shared": (Shared, "test_proposals_belong_to_the_caller", ()),
+    "progress": (Percent, "test_it_ends_and_stays_ended", ("0.5x",)),
+}
+
+
+@pytest.mark.parametrize(("searcher", "test", "arguments"), SEARCHERS.values(), ids=SEARCHERS)
+def test_a_broken_searcher_fails(searcher, test, arguments):
+    suite = SearcherConformance()
+    getattr(suite, test)(GreedySearcher, *arguments)
+    with pytest.raises(Exception, match=r".") as caught:
+        getattr(suite, test)(searcher, *arguments)
+    assert not isinstance(caught.value, (AttributeError, NameError))

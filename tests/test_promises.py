@@ -1,0 +1,63 @@
+"""What the project promises on its first page, said as directly as possible."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import widthkit as wk
+from widthkit.train import StepContext
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_efficientnet_trains_a_step_and_exports_exactly():
+    torch.manual_seed(0)
+    net = wk.make_supernet(timm.create_model("efficientnet_b0"), strategy="bc").double().train()
+    x, y = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+    before = [p.detach().clone() for p in net.parameters()]
+    batches = [(x, y)]
+    result = wk.train(net, batches, 1, lr=0.01, device="cpu", progress=False)
+    assert np.isfinite(result.loss)
+    assert sum(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)) > len(before) / 2
+    rng = np.random.default_rng(0)
+    for path in (0, 1):
+        widths = net.space.sample(rng)
+        slim = wk.export(net, widths, path=path)
+        assert type(slim) is type(timm.create_model("efficientnet_b0"))
+        for mode in (True, False):
+            with torch.no_grad():
+                a = net.set_widths(widths, path).train(mode)(x)
+                b = slim.train(mode)(x)
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        assert net.graph.params(widths) == sum(p.numel() for p in slim.parameters())
+
+
+def test_public_names_are_few_and_exist():
+    assert len(wk.__all__) <= 15
+    assert all(hasattr(wk, name) for name in wk.__all__)
+    assert StepContext.__doc__
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert "0.0e+00" in capsys.readouterr().out
+
+
+def test_ten_thousand_width_vectors_are_priced_exactly():
+    graph = wk.trace(wk.create_model("torchvision/resnet50"))
+    rng = np.random.default_rng(0)
+    vectors = rng.integers(1, graph.group_widths + 1, size=(10_000, len(graph.group_widths)))
+    macs = graph.macs(vectors)
+    for i in (0, 1234, 9999):  # Python integers, term by term
+        total = 0
+        for term in graph.cost.macs_polynomial.terms:
+            product = term.scale
+            for form in term.forms:
+                product *= int(form[0]) + sum(int(a) * int(w) for a, w in zip(form[1:], vectors[i], strict=True))
+            total += product
+        assert total == int(macs[i])
