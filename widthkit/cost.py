@@ -80,7 +80,7 @@ class Polynomial:
         """Return ``[..., terms]``, before the division by ``divisor``."""
         forms, factors, scales = self._packed
         values = widths.astype(np.float64) @ forms[:, 1:].T + forms[:, 0]
-        product = np.broadcast_to(scales, (*values.shape[:-1], len(scales))).copy()
+        product: FloatArray = np.broadcast_to(scales, (*values.shape[:-1], len(scales))).copy()
         for column in factors.T:
             product *= values[..., column]
         return product
@@ -151,7 +151,7 @@ class CostModel:
             for form in term.forms:
                 touched |= form[1:] != 0
             share[touched] += value
-        return share / max(values.sum(), 1.0)
+        return np.asarray(share / max(values.sum(), 1.0), dtype=np.float64)
 
 
 def _scalar(value: IntArray) -> Any:

@@ -155,18 +155,19 @@ class ChannelGraph:
             WidthsError: If a name is unknown or an array has the wrong number of columns.
         """
         if widths is None:
-            return self.group_widths.copy()
+            return self._vector_of({})
         if isinstance(widths, Mapping):
             return self._vector_of(widths)
         if isinstance(widths, Sequence) and widths and isinstance(widths[0], Mapping):
             return np.stack([self._vector_of(w) for w in widths])  # type: ignore[arg-type]
         array = np.asarray(widths, dtype=np.int64)
         if array.shape[-1:] != (len(self.group_names),):
-            raise WidthsError(f"width array has shape {array.shape}; the last dim must be {len(self.group_names)} groups")
+            n = len(self.group_names)
+            raise WidthsError(f"width array has shape {array.shape}; the last dim must be {n} groups")
         return array
 
     def _vector_of(self, widths: Widths) -> IntArray:
-        vector = self.group_widths.copy()
+        vector: IntArray = self.group_widths.copy()
         index = {name: g for g, name in enumerate(self.group_names)}
         for name, width in widths.items():
             if name not in index:

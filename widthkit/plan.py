@@ -276,7 +276,7 @@ def set_attribute(module: nn.Module, name: str, values: Mapping[int | None, int]
 
 
 def _initialise_new(model: nn.Module, plan: Plan, seed: int) -> None:
-    """Give new entries the values that the module's own ``reset_parameters`` draws, else its tensor's spread."""
+    """Give new entries what the module's own ``reset_parameters`` draws, else values drawn from the old entries."""
     owners = {f"{path}.{key}" if path else key: (m, key) for path, m in model.named_modules() for key in _own(m)}
     generator = torch.Generator().manual_seed(seed)
     for name, dims in plan.tensors.items():
@@ -291,7 +291,7 @@ def _initialise_new(model: nn.Module, plan: Plan, seed: int) -> None:
             shape = [1] * tensor.ndim
             shape[dim] = -1
             old = old & torch.from_numpy(index >= 0).reshape(shape)
-        fresh = _fresh(module, key, generator)
+        fresh = _fresh(module, key, old, generator)
         with torch.no_grad():
             tensor.copy_(torch.where(old.to(tensor.device), tensor, fresh.to(tensor)))
 
@@ -300,16 +300,17 @@ def _own(module: nn.Module) -> list[str]:
     return [*module._parameters, *module._buffers]
 
 
-def _fresh(module: nn.Module, key: str, generator: torch.Generator) -> Tensor:
+def _fresh(module: nn.Module, key: str, old: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a tensor of the shape of ``module.key`` to take new entries from; ``old`` marks what is not new."""
     tensor: Tensor = getattr(module, key)
     reset = getattr(module, "reset_parameters", None)
-    if callable(reset) and not list(module.children()):
+    if callable(reset) and not any(list(child.parameters()) for child in module.children()):
         twin = copy.deepcopy(module).cpu()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
             twin.reset_parameters()  # type: ignore[operator]
         value: Tensor = getattr(twin, key).detach()
         return value
-    values = tensor.detach().float().cpu()
-    spread = float(values.std()) if values.numel() > 1 else 0.0
-    return torch.randn(tensor.shape, generator=generator) * spread + values.mean()
+    # Drawn, not modelled: a running variance stays positive and a layer scale stays small.
+    values = tensor.detach().cpu()[old.expand(tensor.shape)]
+    return values[torch.randint(len(values), tensor.shape, generator=generator)]

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_map_only
 from widthkit.clone import meta_clone, real_clone
 from widthkit.errors import ModelError, TraceError, WidthkitError
 from widthkit.graph import ChannelGraph
-from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, under as _under
+from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, under
 from widthkit.trace.context import RunState, flat_tensors
-from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates
-from widthkit.trace.probe import Draft, probe
+from widthkit.trace.draft import Draft
+from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype
+from widthkit.trace.probe import probe
 from widthkit.trace.recorder import record, to_device
 
 __all__ = ["trace"]
@@ -49,8 +50,7 @@ def trace(
         ModelError: If the model cannot run on the example input.
         TraceError: If a pattern matches no module or the groups cannot be found.
 
-    >>> from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+    >>> from torch import nn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> graph = trace(net, (1, 3, 8, 8))
     >>> graph.full, graph.macs(), graph.macs({"0": 4})
@@ -89,7 +89,7 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 def _first_run(model: nn.Module, example: Any) -> _FirstRun:
     """Run a copy on the meta device; where that fails for every example input, run a real copy."""
-    options = [as_inputs(example)] if example is not None else list(candidates(model))
+    options = [as_inputs(example, float_dtype(model))] if example is not None else list(candidates(model))
     failure = "no input was tried"
     for device, clone in (("meta", meta_clone), ("cpu", real_clone)):
         for inputs in options:
@@ -123,7 +123,7 @@ def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[s
     tensors = {id(t) for t in model.parameters()}
     if tensors <= run.used:
         return []
-    costs, attributes = list(run.costs), list(run.attributes)
+    costs, attributes, n_calls = list(run.costs), list(run.attributes), len(run.trail)
     try:
         model.train()
         record(model, _doubled(inputs), run, [])
@@ -133,6 +133,7 @@ def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[s
     finally:
         model.eval()
         run.costs[:] = costs
+        del run.trail[n_calls:]
         known = {(a.module, a.name, a.element) for a in attributes}
         run.attributes[:] = attributes + [a for a in run.attributes if (a.module, a.name, a.element) not in known]
 
@@ -146,8 +147,8 @@ def _doubled(inputs: Inputs) -> Inputs:
 def _freeze_by_name(draft: Draft, freeze: Sequence[str], only: Sequence[str]) -> None:
     missed = freeze_matching(draft.model, draft.run, draft.seeds, freeze, "frozen by the user")
     if only:
-        chosen = {m for m in {n.rpartition(".")[0] for n in draft.seeds.labels} if any(_under(m, p) for p in only)}
-        missed += [p for p in only if not any(_under(m, p) for m in chosen)]
+        chosen = {m for m in {n.rpartition(".")[0] for n in draft.seeds.labels} if any(under(m, p) for p in only)}
+        missed += [p for p in only if not any(under(m, p) for m in chosen)]
         for name, labels in draft.seeds.labels.items():
             if name.rpartition(".")[0] not in chosen and _produces(draft.model, name) and labels[0] is not None:
                 draft.run.store.freeze(labels[0], "not among only=")

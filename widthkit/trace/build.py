@@ -13,7 +13,7 @@ from widthkit.clone import all_names, named_tensors
 from widthkit.cost import CostModel, Polynomial, Term
 from widthkit.graph import AttributeInfo, ChannelGraph, IntArray, Positions, TensorInfo
 from widthkit.trace.components import Components
-from widthkit.trace.context import RunState
+from widthkit.trace.context import AttributeRecord, RunState
 from widthkit.trace.labels import Labels
 
 
@@ -25,11 +25,14 @@ class Seeds:
 
 
 def seed_labels(model: nn.Module, run: RunState) -> Seeds:
-    """Label every dim of every floating-point parameter and buffer of a copy of the model."""
+    """Label every dim of every floating-point parameter and buffer of a copy of the model, kernels excepted."""
     seeds: dict[str, tuple[Labels | None, ...]] = {}
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     for name, tensor in named_tensors(model).items():
         if tensor.is_floating_point():
-            run.set_dims(tensor, tuple(run.store.new(n) if n > 1 else None for n in tensor.shape))
+            n_labelled = 2 if id(tensor) in kernels else tensor.ndim
+            sizes = enumerate(tensor.shape)
+            run.set_dims(tensor, tuple(run.store.new(n) if n > 1 and d < n_labelled else None for d, n in sizes))
             seeds[name] = run.dims_of(tensor)
     return Seeds(seeds)
 
@@ -92,7 +95,7 @@ def build_graph(
     solved: Components,
     *,
     batch: int,
-    extra_frozen: Mapping[str, str] | None = None,
+    attributes: Sequence[AttributeRecord],
     notes: Sequence[str] = (),
 ) -> ChannelGraph:
     """Assemble the graph.
@@ -103,28 +106,26 @@ def build_graph(
         seeds: The labels its tensors started with.
         solved: Units and frozen components.
         batch: Batch size of the example input; MACs are per example.
-        extra_frozen: Names of groups that the probe found to be stuck -> reason.
+        attributes: Integer attributes that count channels; of several for one attribute the first holds.
         notes: What the tracer wants people to know.
     """
     tensors = named_tensors(model)
     parameters = {name for name, _ in model.named_parameters()}
     unit = solved.unit
     reasons = dict(solved.frozen)
-    units = _group_units(seeds, unit, reasons, parameters, extra_frozen or {})
+    units = _group_units(seeds, unit, reasons, parameters)
     aliases = all_names(model)
     infos = {
         name: _tensor_info(name, tensor, seeds, units, unit, name in parameters, tuple(aliases[name][1:]))
         for name, tensor in tensors.items()
     }
-    attributes = _attributes(run, units, unit)
     frozen = _frozen_report(infos, seeds, unit, reasons, units)
     cost = _cost(run, infos, units, unit, batch)
-    return ChannelGraph(units.names, units.widths, infos, attributes, frozen, cost, tuple(notes))
+    found = _attributes(attributes, units, unit)
+    return ChannelGraph(units.names, units.widths, infos, found, frozen, cost, tuple(notes))
 
 
-def _group_units(
-    seeds: Seeds, unit: Labels, reasons: dict[int, str], parameters: set[str], extra: Mapping[str, str]
-) -> _Units:
+def _group_units(seeds: Seeds, unit: Labels, reasons: dict[int, str], parameters: set[str]) -> _Units:
     """Group components that occur equally often at the same tensor dims."""
     columns: list[IntArray] = []
     where: list[tuple[str, int]] = []
@@ -139,40 +140,31 @@ def _group_units(
     if not columns:
         return _Units((), np.zeros(0, dtype=np.int64), group, rank)
     members = _signatures(columns, n, set(reasons), {i for i, (name, _) in enumerate(where) if name in parameters})
+    producers = {i for i, (name, dim) in enumerate(where) if name in parameters and _makes(seeds.labels[name], dim)}
     names: list[str] = []
     widths: list[int] = []
-    for first, components in members:
+    for own_sites, components in members:
+        first = next((i for i in own_sites if i in producers), own_sites[0])
         name = _unique_name(where[first][0].rpartition(".")[0] or where[first][0], names)
         if len(components) == 1:
             reasons.setdefault(int(components[0]), f"{name}: everything here is coupled into a single unit")
-            continue
-        if name in extra:
-            for component in components.tolist():
-                reasons[component] = extra[name]
-            names.append(f"{name} (frozen)")
-            widths.append(0)
             continue
         group[components] = len(names)
         rank[components] = np.arange(len(components))
         names.append(name)
         widths.append(len(components))
-    return _compact(names, widths, group, rank)
+    return _Units(tuple(names), np.array(widths, dtype=np.int64), group, rank)
 
 
-def _compact(names: list[str], widths: list[int], group: IntArray, rank: IntArray) -> _Units:
-    """Leave out the places of frozen groups, whose names stay reserved so that others keep theirs."""
-    alive = [i for i, width in enumerate(widths) if width]
-    renumber = np.full(len(names) + 1, -1, dtype=np.int64)
-    renumber[alive] = np.arange(len(alive))
-    return _Units(
-        tuple(names[i] for i in alive), np.array([widths[i] for i in alive], dtype=np.int64), renumber[group], rank
-    )
+def _makes(labels: tuple[Labels | None, ...], dim: int) -> bool:
+    """Whether a dim is what a weight matrix or kernel makes, rather than a vector that follows channels."""
+    return dim == 0 and any(other is not None for other in labels[1:])
 
 
 def _signatures(
     columns: list[IntArray], n: int, frozen: set[int], in_parameters: set[int]
-) -> list[tuple[int, IntArray]]:
-    """Return ``(first site, components in the order of their first position)`` of every group, in site order."""
+) -> list[tuple[list[int], IntArray]]:
+    """Return ``(sites, components in the order of their first position)`` of every group, in site order."""
     sites = np.concatenate([np.full(len(c), i, dtype=np.int64) for i, c in enumerate(columns)])
     components = np.concatenate(columns)
     first_seen = np.full(n, np.iinfo(np.int64).max, dtype=np.int64)
@@ -180,15 +172,15 @@ def _signatures(
     pairs, counts = np.unique(components * len(columns) + sites, return_counts=True)
     owner, site = pairs // len(columns), pairs % len(columns)
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    groups: dict[bytes, tuple[int, list[int]]] = {}
+    groups: dict[bytes, tuple[list[int], list[int]]] = {}
     for start, stop in zip(starts, [*starts[1:], len(owner)], strict=True):
         component = int(owner[start])
         own_sites = site[start:stop]
         if component in frozen or not in_parameters.intersection(own_sites.tolist()):
             continue
         key = own_sites.tobytes() + b"|" + counts[start:stop].tobytes()
-        groups.setdefault(key, (int(own_sites[0]), []))[1].append(component)
-    ordered = [(first, np.array(sorted(m, key=lambda c: first_seen[c]))) for first, m in groups.values()]
+        groups.setdefault(key, (own_sites.tolist(), []))[1].append(component)
+    ordered = [(own, np.array(sorted(m, key=lambda c: first_seen[c]))) for own, m in groups.values()]
     return sorted(ordered, key=lambda item: int(first_seen[item[1][0]]))
 
 
@@ -198,9 +190,8 @@ def _unique_name(name: str, taken: list[str]) -> str:
     >>> _unique_name("conv", ["conv"])
     'conv:2'
     """
-    used = {t.removesuffix(" (frozen)") for t in taken}
     candidate, count = name, 1
-    while candidate in used:
+    while candidate in taken:
         count += 1
         candidate = f"{name}:{count}"
     return candidate
@@ -216,9 +207,9 @@ def _tensor_info(
     return TensorInfo(name, tuple(tensor.shape), tuple(dims), is_parameter, aliases)
 
 
-def _attributes(run: RunState, units: _Units, unit: Labels) -> tuple[AttributeInfo, ...]:
+def _attributes(records: Sequence[AttributeRecord], units: _Units, unit: Labels) -> tuple[AttributeInfo, ...]:
     found: dict[tuple[str, str, int | None], AttributeInfo] = {}
-    for record in run.attributes:
+    for record in records:
         positions = units.positions(unit[record.labels])
         key = (record.module, record.name, record.element)
         if positions.searchable and key not in found:
@@ -236,7 +227,7 @@ def _frozen_report(
         for dim, labels in enumerate(own):
             key = f"{name}[{dim}]"
             if labels is None:
-                report[key] = "size 1" if info.shape[dim] == 1 else "not a floating-point tensor"
+                report[key] = _unlabelled(name, info.shape[dim], seeds)
                 continue
             components = unit[labels]
             stuck = components[units.group[components] < 0]
@@ -245,6 +236,12 @@ def _frozen_report(
                 partly = "" if len(stuck) == len(components) else f"{len(stuck)} of {len(components)} positions: "
                 report[key] = partly + why
     return report
+
+
+def _unlabelled(name: str, size: int, seeds: Seeds) -> str:
+    if size == 1:
+        return "size 1"
+    return "size of a convolution kernel" if name in seeds.labels else "not a floating-point tensor"
 
 
 def _cost(run: RunState, infos: Mapping[str, TensorInfo], units: _Units, unit: Labels, batch: int) -> CostModel:

@@ -32,6 +32,15 @@ class AttributeRecord:
     labels: Labels
 
 
+@dataclass(frozen=True)
+class Call:
+    """One operator call: where it ran and the labels (or the fixed size) of every dim of its outputs."""
+
+    path: str
+    name: str
+    outputs: tuple[tuple[Labels | int, ...], ...]
+
+
 @dataclass
 class RunState:
     """Everything one traced run records."""
@@ -44,6 +53,8 @@ class RunState:
     used: set[int] = field(default_factory=set)
     seen: dict[str, list[Labels]] = field(default_factory=dict)
     """Module path -> label arrays that passed through its operators, where integer attributes may count them."""
+    trail: list[Call] = field(default_factory=list)
+    """Every call, in order."""
     keep: list[Any] = field(default_factory=list)
     """Every tensor of the run stays alive here, or a reused ``id`` would tie strangers."""
 
@@ -59,6 +70,17 @@ class RunState:
             assert labels is None or len(labels) == size, (len(labels), size)
         self.dims[id(tensor)] = clean
         self.keep.append(tensor)
+
+    def note(self, path: str, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Remember a finished call."""
+        seen = self.seen.setdefault(path, [])
+        for tensor in (*inputs, *outputs):
+            seen.extend(labels for labels in self.dims_of(tensor) if labels is not None)
+        shapes = tuple(
+            tuple(n if labels is None else labels for labels, n in zip(self.dims_of(t), t.shape, strict=True))
+            for t in outputs
+        )
+        self.trail.append(Call(path, name, shapes))
 
 
 class OpContext:

@@ -14,8 +14,12 @@ Inputs = tuple[Any, ...]
 _CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
-def as_inputs(example: Any) -> Inputs:
+def as_inputs(example: Any, dtype: torch.dtype = torch.float32) -> Inputs:
     """Normalise what a user may pass: a tensor, a shape, a tuple of arguments, or a mapping of keyword arguments.
+
+    Args:
+        example: What the user passed.
+        dtype: The type of the tensor that a shape stands for.
 
     >>> as_inputs((1, 3, 32, 32))[0].shape
     torch.Size([1, 3, 32, 32])
@@ -25,7 +29,7 @@ def as_inputs(example: Any) -> Inputs:
     if isinstance(example, Mapping):
         return (dict(example),)
     if isinstance(example, (tuple, list)) and example and all(isinstance(n, int) for n in example):
-        return (torch.randn(tuple(example), generator=torch.Generator().manual_seed(0)),)
+        return (_random(tuple(example), dtype),)
     if isinstance(example, (tuple, list)) and example:
         return tuple(example)
     raise ModelError(f"example_inputs must be a tensor, a shape, a tuple of arguments or a mapping, not {example!r}")
@@ -37,9 +41,16 @@ def candidates(model: nn.Module) -> Iterator[Inputs]:
     for shape in _shapes(model):
         if shape not in tried:
             tried.add(shape)
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-            example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-            yield (example,)
+            yield (_random(shape, float_dtype(model)),)
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type of the first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -37,9 +37,7 @@ class Recorder(TorchDispatchMode):
             rule(context)
         else:
             self._unknown(context)
-        seen = self.run.seen.setdefault(path, [])
-        for tensor in (*tensors, *flat_tensors((out,))):
-            seen.extend(labels for labels in self.run.dims_of(tensor) if labels is not None)
+        self.run.note(path, context.name, tensors, flat_tensors((out,)))
         return out
 
     def _unknown(self, context: OpContext) -> None:

@@ -85,7 +85,7 @@ def einsum(ctx: OpContext) -> None:
     """Tie by letter; more than two operands count as one product of all letters."""
     equation, tensors = ctx.arg("equation").replace(" ", ""), ctx.tensors()
     left, _, right = equation.partition("->")
-    if "..." in equation or not right and "->" not in equation:
+    if "..." in equation or (not right and "->" not in equation):
         for t in tensors:
             ctx.freeze_tensor(t, f"has an equation that is not spelled out ({equation})")
         return

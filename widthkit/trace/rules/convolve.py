@@ -49,9 +49,7 @@ def _convolve(ctx: OpContext, *, transposed: bool) -> None:
     ctx.set(out, (*x_dims[:channel], result, *space))
 
 
-def _grouped(
-    ctx: OpContext, source: tuple[Labels | None, int], groups: int, transposed: bool
-) -> Labels | None:
+def _grouped(ctx: OpContext, source: tuple[Labels | None, int], groups: int, transposed: bool) -> Labels | None:
     """Couple a grouped convolution: the same position of every group, or whole groups, whichever is freer.
 
     With one input channel per group (depthwise) only whole groups are possible for the input.

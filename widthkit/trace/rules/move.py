@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from widthkit.trace.context import OpContext, flat_tensors
-from widthkit.trace.labels import Alternative, Dims, Labels
+from widthkit.trace.labels import CONSTANT, Alternative, Dims, Labels
 from widthkit.trace.rules import rule
 
 
@@ -117,6 +117,7 @@ def _split(ctx: OpContext, grid: Labels) -> list[Labels | None]:
     """
     result: list[Labels | None] = [None] * grid.ndim
     varying = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis=axis)).any()]
+    grid = grid[tuple(slice(None) if axis in varying else slice(1) for axis in range(grid.ndim))]
     if len(varying) == 1:
         axis = varying[0]
         result[axis] = np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)[:, 0]
@@ -142,34 +143,43 @@ def permute(ctx: OpContext) -> None:
     x = ctx.tensors()[0]
     names = tuple(range(1, x.ndim + 1))
     probe = torch.empty_strided(tuple(x.shape), names, device="meta")
-    moved = ctx.func(probe, *_rest(ctx))
+    moved = ctx.func(probe, *(value for _, value in _rest(ctx)))
     dims = ctx.dims(x)
     if ctx.name == "select":
         ctx.freeze(dims[int(ctx.arg("dim")) % x.ndim], "picks one position of this dim")
     ctx.set(ctx.out, tuple(dims[stride - 1] for stride in moved.stride()))
 
 
-def _rest(ctx: OpContext) -> list[object]:
-    """Arguments after the first, in the order of the schema."""
-    return [ctx.arg(a.name) for a in ctx.func._schema.arguments[1:]]
+def _rest(ctx: OpContext) -> list[tuple[str, object]]:
+    """Names and values of the positional arguments after the first, in the order of the schema."""
+    return [(a.name, ctx.arg(a.name)) for a in ctx.func._schema.arguments[1:] if not a.kwarg_only]
 
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(ctx: OpContext) -> None:
-    """Dims that keep their size keep their labels."""
+    """Repeat single positions; see :func:`_expanded`."""
     x = ctx.tensors()[0]
-    lead = ctx.out.ndim - x.ndim
-    same = [None if x.shape[d] != ctx.out.shape[d + lead] else ctx.dims(x)[d] for d in range(x.ndim)]
-    ctx.set(ctx.out, (*(None,) * lead, *same))
+    ctx.set(ctx.out, _expanded(ctx, x, ctx.out))
 
 
 @rule("broadcast_tensors", "meshgrid")
 def broadcast_tensors(ctx: OpContext) -> None:
     """Expand several tensors to one shape."""
     for x, out in zip(ctx.tensors(), ctx.outputs(), strict=True):
-        lead = out.ndim - x.ndim
-        same = [None if x.shape[d] != out.shape[d + lead] else ctx.dims(x)[d] for d in range(x.ndim)]
-        ctx.set(out, (*(None,) * lead, *same))
+        ctx.set(out, _expanded(ctx, x, out))
+
+
+def _expanded(ctx: OpContext, x: Tensor, out: Tensor) -> Dims:
+    """Keep the labels of dims that keep their size; what is repeated is as wide as whatever it will meet."""
+    lead = out.ndim - x.ndim
+    result: list[Labels | None] = []
+    for d, size in enumerate(out.shape):
+        before = x.shape[d - lead] if d >= lead else 1
+        if before == size:
+            result.append(ctx.dims(x)[d - lead] if d >= lead else None)
+        else:
+            result.append(ctx.new(size))
+    return tuple(result)
 
 
 @rule("cat", "concat", "concatenate")
@@ -262,6 +272,8 @@ def shuffle(ctx: OpContext) -> None:
     x = ctx.tensors()[0]
     *lead, c, h, w = x.shape
     n = len(lead)
+    middle: tuple[int, ...]
+    order: tuple[int, ...]
     if ctx.name == "pixel_shuffle":
         r = int(ctx.arg("upscale_factor"))
         middle, order = (*lead, c // (r * r), r, r, h, w), (n, n + 3, n + 1, n + 4, n + 2)
@@ -308,8 +320,6 @@ def index(ctx: OpContext) -> None:
     "roll",
     "flip",
     "rot90",
-    "pad",
-    "constant_pad_nd",
     "repeat",
     "tile",
     "repeat_interleave",
@@ -317,7 +327,6 @@ def index(ctx: OpContext) -> None:
     "diagonal",
     "tril",
     "triu",
-    "im2col",
     "take_along_dim",
 )
 def execute(ctx: OpContext) -> None:
@@ -327,17 +336,16 @@ def execute(ctx: OpContext) -> None:
     if any(t.device.type == "meta" for t in ctx.tensors()[1:]):
         ctx.freeze_tensor(x, "is indexed by values that the trace does not know")
         return
-    results = [[None] * out.ndim for out in ctx.outputs()]
+    results: list[list[Labels | None]] = [[None] * out.ndim for out in ctx.outputs()]
     for d, labels in enumerate(dims):
         if labels is None:
             continue
-        for found, out in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
-            for e, moved in enumerate(_split(ctx, out)):
-                if moved is not None and found[e] is None:
-                    found[e] = moved  # type: ignore[call-overload]
-                elif moved is not None:
+        for found, grid in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
+            for e, moved in enumerate(_split(ctx, grid)):
+                if moved is not None and found[e] is not None:
                     ctx.freeze(moved, "merges two channel dims")
                     ctx.freeze(found[e], "merges two channel dims")
+                found[e] = moved if found[e] is None else found[e]
     for found, out in zip(results, ctx.outputs(), strict=True):
         ctx.set(out, tuple(found))
 
@@ -347,18 +355,36 @@ def _run_on_labels(ctx: OpContext, labels: Labels, d: int, shape: tuple[int, ...
     column = [1] * len(shape)
     column[d] = shape[d]
     carrier: Tensor = torch.from_numpy(labels.copy()).reshape(column).expand(shape)
-    rest = [_integer_fill(value, name) for name, value in zip(_names(ctx)[1:], _rest(ctx), strict=True)]
-    if ctx.name == "pad":
-        rest = [ctx.arg("pad"), "constant", 0] if ctx.arg("mode", "constant") == "constant" else rest
-        if ctx.arg("mode", "constant") != "constant":
-            carrier = carrier.double()
+    rest = [value for _, value in _rest(ctx)]
     return [out.long().numpy() for out in flat_tensors((ctx.func(carrier, *rest),))]
 
 
-def _names(ctx: OpContext) -> list[str]:
-    return [a.name for a in ctx.func._schema.arguments]
+@rule("pad", "constant_pad_nd")
+def pad(ctx: OpContext) -> None:
+    """Pad every dim for itself: zeros beside an image say nothing about its channels, zeros beside channels do."""
+    x, amounts = ctx.tensors()[0], list(ctx.arg("pad"))
+    mode = ctx.arg("mode", "constant")
+    result: list[Labels | None] = []
+    for back, labels in zip(range(x.ndim - 1, -1, -1), ctx.dims(x), strict=True):
+        before, after = amounts[2 * back : 2 * back + 2] or (0, 0)
+        if labels is None or before == after == 0:
+            result.append(labels)
+        elif mode == "constant":
+            inside = labels[max(-before, 0) : len(labels) - max(-after, 0)]
+            result.append(np.pad(inside, (max(before, 0), max(after, 0)), constant_values=CONSTANT))
+        else:
+            where = torch.nn.functional.pad(torch.arange(len(labels)).double()[None], (before, after), mode=mode)
+            result.append(labels[where[0].long().numpy()])
+    ctx.set(ctx.out, tuple(result))
 
 
-def _integer_fill(value: object, name: str) -> object:
-    """Padding values become 0, the label of constants."""
-    return 0 if name == "value" else value
+@rule("im2col")
+def im2col(ctx: OpContext) -> None:
+    """Lay the window of every channel out behind it."""
+    x = ctx.tensors()[0]
+    dims = ctx.dims(x)
+    for labels in dims[-2:]:
+        ctx.freeze(labels, "slides a window along this dim")
+    channels = dims[-3]
+    window = ctx.out.shape[-2] // x.shape[-3]
+    ctx.set(ctx.out, (*dims[:-3], None if channels is None else np.repeat(channels, window), None))

@@ -130,18 +130,11 @@ def copy(ctx: OpContext) -> None:
     "new_ones",
     "new_empty",
     "new_full",
-    "arange",
-    "linspace",
     "rand",
     "randn",
     "rand_like",
     "randn_like",
     "scalar_tensor",
-    "eye",
-    "tril_indices",
-    "triu_indices",
-    "randperm",
-    "hann_window",
     "empty_strided",
     "new_empty_strided",
 )
@@ -150,6 +143,11 @@ def create(ctx: OpContext) -> None:
     for out in ctx.outputs():
         like = ctx.tensors()[0] if ctx.name.endswith("_like") and ctx.tensors() else None
         ctx.set(out, ctx.dims(like) if like is not None else tuple(ctx.new(n) if n > 1 else None for n in out.shape))
+
+
+@rule("arange", "linspace", "logspace", "range", "eye", "tril_indices", "triu_indices", "randperm", "hann_window")
+def enumerate_positions(ctx: OpContext) -> None:
+    """Number positions: each has a value of its own, so none can be exchanged or dropped."""
 
 
 @rule("sym_size", "sym_numel", "sym_stride", "size", "dim", "numel", "is_nonzero", "_local_scalar_dense", "item")
