@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(VENV)/.ready
 	$(BIN)/widthkit slim torchvision/resnet18 --data digits --image-size 32 --budget 0.5x --strategy bc \
-	  --searcher greedy --k 8 --min-width 0.25x --epochs 8 --final-epochs 6 --seeds 3 --batch-size 64 --lr 0.03 \
+	  --searcher greedy --k 6 --min-width 0.25x --epochs 7 --final-epochs 5 --seeds 3 --batch-size 64 --lr 0.03 \
 	  --out out/demo --resume
 
 test: $(VENV)/.ready lint

@@ -19,7 +19,7 @@ from widthkit.clone import all_names
 from widthkit.graph import IntArray
 from widthkit.plan import Plan, set_attribute
 
-_SMALL = 1 << 17
+_SMALL = 1 << 12
 """Below this size autograd's own slicing, which fills zeros but never enters Python, is the faster of the two."""
 
 Spec = tuple[tuple[int, "slice | Tensor"], ...]
@@ -147,11 +147,15 @@ class Borrower:
         model: The model whose tensors are borrowed; between runs it is whole.
         direct: Add gradients of slices in place. Without it they flow through autograd at full size, which
             ``torch.autograd.grad`` and hooks on parameters need.
+
+    Attributes:
+        native: Leave all slicing to autograd, the plain way that benchmarks compare with.
     """
 
     def __init__(self, model: nn.Module, direct: bool = True) -> None:
         self.model = model
         self.direct = direct
+        self.native = False
         self._slots = _slots(model)
 
     def compile(self, plan: Plan) -> tuple[list[_Loan], list[tuple[nn.Module, str, Mapping[int | None, int]]]]:
@@ -196,7 +200,7 @@ class Borrower:
             return gather(whole, loan.spec)
         if not (whole.requires_grad and torch.is_grad_enabled()):
             return gather(whole.detach(), loan.spec)
-        if whole.numel() < _SMALL:
+        if self.native or whole.numel() < _SMALL:
             return gather(whole, loan.spec)
         return Borrow.apply(whole, loan.spec, self.direct)  # type: ignore[no-any-return, no-untyped-call]
 

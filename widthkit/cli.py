@@ -245,12 +245,21 @@ def bench_step(
     batch: Annotated[int, typer.Option(help="Images per step")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed rounds")] = 15,
     device: Annotated[str, typer.Option(help="Where to measure")] = "cpu",
+    keep_pages: Annotated[bool, typer.Option(help="Let the C library keep freed memory; page faults are noise")] = True,
     out: JsonFile = None,
 ) -> None:
     """Compare a supernet's step at half width with the dense network's: forward and backward."""
     from widthkit.bench.step import run
 
-    run(models or ["torchvision/resnet18", "torchvision/mobilenet_v2"], sizes or [64, 112], batch, repeats, device, out)
+    run(
+        models or ["torchvision/resnet18", "torchvision/mobilenet_v2"],
+        sizes or [64, 112],
+        batch,
+        repeats,
+        device,
+        out,
+        keep_pages,
+    )
 
 
 @bench.command("trace")

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from widthkit.clone import named_tensors
 from widthkit.errors import ModelError, close_matches
-from widthkit.structure import architecture, plain_attributes, structure
+from widthkit.structure import architecture, plain_attributes, remember_image_size, structure
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,19 @@ def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mo
         raise ModelError(f"{name}({shown}) cannot be built: {type(error).__name__}: {_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {type(model).__name__}, not an nn.Module")
+    if name.startswith("torchvision/"):
+        remember_image_size(model, _image_size(name.partition("/")[2]))
     return model
+
+
+def _image_size(name: str) -> int | None:
+    """Side length of the images that torchvision's default weights of a classifier were trained for."""
+    from torchvision import models
+
+    weights = models.get_model_weights(name)
+    transforms = getattr(getattr(weights, "DEFAULT", None), "transforms", None)
+    size = getattr(transforms, "keywords", {}).get("crop_size")
+    return size if isinstance(size, int) else None
 
 
 def _factory(name: str, pretrained: bool) -> Callable[..., Any]:

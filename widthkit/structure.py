@@ -49,6 +49,21 @@ def architecture(model: nn.Module) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def remember_image_size(model: nn.Module, size: int | None) -> None:
+    """Note the side length of images that a model was designed for; timm's models say it themselves."""
+    if size is not None:
+        model.__dict__["_widthkit_image_size"] = size
+
+
+def image_size(model: nn.Module) -> int | None:
+    """Side length of the images that a model was designed for, where somebody said it."""
+    for name in ("_widthkit_image_size", "image_size"):
+        size = getattr(model, name, None)
+        if isinstance(size, int):
+            return size
+    return None
+
+
 @dataclass(frozen=True)
 class Dense:
     """What a dense model is recognised by.

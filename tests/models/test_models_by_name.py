@@ -212,3 +212,11 @@ def test_a_slim_model_is_not_taken_for_its_dense_one():
 
 def test_likely_names_come_first():
     assert next(candidates(timm_resnet(num_classes=4))) == ModelName("timm/resnet18", {"num_classes": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "gflops"), [("inception_v3", 5.71), ("efficientnet_b3", 1.83), ("mobilenet_v3_small", 0.06)]
+)
+def test_example_inputs_have_the_size_the_library_publishes_its_costs_for(name, gflops):
+    macs = trace(create_model(f"torchvision/{name}")).macs()
+    assert round(macs / 1e9, 2) == gflops

@@ -15,17 +15,21 @@ from widthkit.bench.files import write
 from widthkit.export import export
 from widthkit.models import create_model
 from widthkit.supernet import Supernet, make_supernet
-from widthkit.timing import interleaved
+from widthkit.timing import interleaved, keep_pages
 
 
-def run(models: list[str], sizes: list[int], batch: int, repeats: int, device: str, out: Path | None) -> None:
+def run(
+    models: list[str], sizes: list[int], batch: int, repeats: int, device: str, out: Path | None, keep: bool = True
+) -> None:
     """Measure and print the ratio for every model and image size.
 
     The step is forward and backward of the sum of squares of the outputs, with gradients set to ``None`` before, in
-    training mode, at half of every width. ``naive`` is the same sub-network through plain autograd slices.
+    training mode, at half of every width. ``naive`` is the same sub-network through autograd's own slicing.
+    ``keep`` tells the C library to keep freed pages, for all of them alike (:func:`widthkit.timing.keep_pages`).
     """
     console = Console()
     rows = []
+    kept = keep and keep_pages()
     for name in models:
         for size in sizes:
             row = measure(name, size, batch, repeats, device)
@@ -35,13 +39,13 @@ def run(models: list[str], sizes: list[int], batch: int, repeats: int, device: s
                 f"ratio {row['ratio']:.3f} (naive slices {row['naive_ratio']:.3f})",
                 highlight=False,
             )
-    write(out, "step", rows, device, batch=batch, repeats=repeats)
+    write(out, "step", rows, device, batch=batch, repeats=repeats, pages_kept=kept)
 
 
 def measure(name: str, size: int, batch: int, repeats: int, device: str) -> dict[str, Any]:
     """Time one model at one size; the ratio is the median over rounds of the two times of one round."""
     net, naive = (_half(name, device) for _ in range(2))
-    naive.direct_gradients = False
+    naive._borrower.native = True
     slim = export(net).train().to(device)
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     calls = {"supernet": _step(net, x), "dense": _step(slim, x), "naive": _step(naive, x)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from widthkit.errors import ModelError
+from widthkit.structure import image_size
 
 Inputs = tuple[Any, ...]
 _CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -56,7 +57,8 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     channels, spatial = _stem(model)
     for name in ("pretrained_cfg", "default_cfg"):
-        size = (getattr(model, name, None) or {}).get("input_size")
+        cfg = getattr(model, name, None)
+        size = cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None)
         if size is not None and len(size) == 3:
             yield (1, channels if spatial == 2 else size[0], *size[1:])
     if spatial == 3:
@@ -65,9 +67,9 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     elif spatial == 1:
         yield (1, channels, 1024)
     else:
-        image_size = getattr(model, "image_size", None)
-        if isinstance(image_size, int):
-            yield (1, channels, image_size, image_size)
+        designed = image_size(model)
+        if designed is not None:
+            yield (1, channels, designed, designed)
         for size in (224, 256, 299, 64, 32):
             yield (1, channels, size, size)
 
