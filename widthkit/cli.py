@@ -125,7 +125,7 @@ def train_command(
     """Train a supernet; search and export continue in the same folder."""
     values = dict(locals())
     job = _start(values)
-    net, splits = job.check()
+    net, splits = job.check(search=False)
     job.folder.begin(job.config, resume)
     job.train_supernet(net, splits)
     typer.echo(f"next: widthkit search {out} --budget 0.5x")
@@ -213,7 +213,7 @@ def slim_command(
     from widthkit.report.run import report_run, table_text
 
     job = _start(values)
-    job.check()
+    job.check(final=True)
     job.folder.begin(job.config, resume)
     results = job.run()
     report_run(job.folder.path)
@@ -317,9 +317,12 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.replace("x", ",").split(","))
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError:
-        raise ModelError(f"--input '{text}' is not a shape; write it like 1,3,224,224") from None
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ModelError(f"--input '{text}' is not a shape; write it like 1,3,224,224")
+    return shape
 
 
 def _widths(path: Path) -> dict[str, int]:
@@ -344,7 +347,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, 130)
     except MemoryError:
-        _fail("out of memory; lower --batch-size or --image-size", 2)
+        _fail(_OUT_OF_MEMORY, 2)
     except BrokenPipeError:
         # Whoever read our output has seen enough; keep Python from complaining while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -352,6 +355,8 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
     except Exception as error:
+        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error)):
+            _fail(_OUT_OF_MEMORY, 2)
         if type(error).__name__ == "Abort":
             _fail(_INTERRUPTED, 130)
         if not hasattr(error, "format_message"):
@@ -363,6 +368,7 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+_OUT_OF_MEMORY = "out of memory; lower --batch-size or --image-size"
 _INTERRUPTED = "interrupted; the same command with --resume goes on from the last checkpoint"
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
@@ -32,11 +33,15 @@ from widthkit.models import create_model, input_channels
 from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
+from widthkit.search.run import make_searcher
 from widthkit.space import uniform_space
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.timing import forward_latency
 from widthkit.trace import trace
 from widthkit.train import DataSplits, evaluate, load_data, make_loader, recalibrate, train
+from widthkit.train.engine import check_engine
+from widthkit.train.optim import make_optimizer
+from widthkit.train.settings import Settings
 from widthkit.version import versions
 
 Say = Callable[[str], None]
@@ -217,14 +222,29 @@ class Job:
         self.progress = progress
         self.data: DataSplits | None = None
 
-    def check(self) -> tuple[Supernet, DataSplits]:
-        """Build everything that can be refused before anything is written: model, data, supernet, budget."""
+    def check(self, search: bool = True, final: bool = False) -> tuple[Supernet, DataSplits]:
+        """Build everything that can be refused before anything is written or trained.
+
+        Args:
+            search: A search follows; its budget, searcher and options are checked too.
+            final: Final trainings follow; their settings are checked too.
+
+        Returns:
+            The untrained supernet and the data.
+
+        Raises:
+            WidthkitError: If a setting makes no sense here.
+        """
         config = self.config
         if config.init not in ("scratch", "inherit"):
             raise OptionError(f"init '{config.init}': final trainings start from 'scratch' or 'inherit'")
         if config.seeds < 1 or config.final_epochs < 0:
             raise OptionError("seeds must be at least 1 and final epochs at least 0")
         SEARCHERS.get(config.searcher)
+        self._settings(config.epochs).check()
+        if final and config.final_epochs:
+            self._settings(config.final_epochs).check()
+        check_engine(config.mixed_precision, config.device)
         data = self._load_data()
         model = self.fresh_model(data, config.seed, pretrained=config.pretrained)
         graph = trace(model, self.input_shape(data), freeze=config.freeze)
@@ -240,8 +260,17 @@ class Job:
             seed=config.seed,
             **config.strategy_options,
         )
-        parse_budget(config.budget, graph).check(net.space)
+        make_optimizer(net, self._settings(config.epochs))
+        make_loader(data.train, config.batch_size, train=True)
+        if search:
+            budget = parse_budget(config.budget, graph)
+            budget.check(net.space)
+            make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
         return net, data
+
+    def _settings(self, epochs: int) -> Settings:
+        options = {name: value for name, value in self.config.training().items() if name != "device"}
+        return Settings(epochs=epochs, momentum=0.9, warmup_epochs=0, seed=self.config.seed, **options)
 
     def _load_data(self) -> DataSplits:
         if self.data is None:
@@ -289,7 +318,7 @@ class Job:
 
     def export_slim(self, widths: dict[str, int], path: Path) -> tuple[Path, Path]:
         """Write the network of given widths with the supernet's weights, its batch norms recalibrated."""
-        net, data = self.check()
+        net, data = self.check(search=False)
         kept_units(net.graph, widths)
         self.train_supernet(net, data)
         slim = export(net, widths)
@@ -356,7 +385,7 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """All stages; returns what ``results.json`` holds."""
-        net, data = self.check()
+        net, data = self.check(final=True)
         self.train_supernet(net, data)
         result = self.search_widths(net, data)
         chosen = {

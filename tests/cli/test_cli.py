@@ -98,6 +98,31 @@ def test_report_draws_from_the_files_alone(run, capfd, monkeypatch):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("search.json", {"widths": "wide"}),
+        ("search.json", {"full": 3}),
+        ("results.json", {"table": 1}),
+        ("results.json", {"widths": 2}),
+    ],
+)
+def test_edited_results_are_refused_in_one_line(run, file, changes, tmp_path, capfd, monkeypatch):
+    for name in ("search.json", "results.json"):
+        data = json.loads((run[0] / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**data, **(changes if name == file else {})}))
+    done = here(capfd, monkeypatch, "report", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert file in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "search.json"]
+
+
+def test_training_alone_asks_for_no_budget(tmp_path, capfd, monkeypatch):
+    args = ["train", "timm/resnet10t", *TINY, "--epochs", "1", "--min-width", "0.9x", "--out", tmp_path / "run"]
+    done = here(capfd, monkeypatch, *args)
+    assert done.returncode == 0, done.stderr
+
+
 def test_train_search_export_are_the_same_job_in_steps(tmp_path, capfd, monkeypatch):
     def step(*args):
         return here(capfd, monkeypatch, *args)
@@ -165,6 +190,20 @@ BAD = {
     ),
     "budget too small": (["slim", "timm/resnet10t", *TINY, "--budget", "0.0001x", "--out", "OUT"], "narrowest"),
     "budget unreadable": (["slim", "timm/resnet10t", *TINY, "--budget", "half", "--out", "OUT"], "0.5x"),
+    "unknown searcher option": (["slim", "timm/resnet10t", *TINY, "--searcher-option", "x=1", "--out", "OUT"], "'x'"),
+    "searcher option of another type": (
+        ["slim", "timm/resnet10t", *TINY, "--searcher", "random", "--searcher-option", "n=abc", "--out", "OUT"], "abc",
+    ),
+    "unknown optimizer": (["slim", "timm/resnet10t", *TINY, "--optimizer", "sgdd", "--out", "OUT"], "sgdw"),
+    "unknown schedule": (["train", "timm/resnet10t", *TINY, "--schedule", "cosin", "--out", "OUT"], "cosine"),
+    "precision that the device lacks": (
+        ["slim", "timm/resnet10t", *TINY, "--precision", "fp16", "--device", "cpu", "--out", "OUT"], "bf16",
+    ),
+    "unknown device": (["slim", "timm/resnet10t", *TINY, "--device", "gpu", "--out", "OUT"], "device='cpu'"),
+    "no epoch": (["train", "timm/resnet10t", *TINY, "--epochs", "0", "--out", "OUT"], "epochs"),
+    "empty batches": (["train", "timm/resnet10t", *TINY, "--batch-size", "0", "--out", "OUT"], "batch_size"),
+    "empty input": (["trace", "timm/resnet10t", "--input", "0,3,32,32"], "--input"),
+    "negative input": (["trace", "timm/resnet10t", "--input", "1,3,-32,32"], "--input"),
     "bad model option": (["trace", "timm/resnet10t", "--model-option", "depth=3"], "depth"),
 }  # fmt: skip
 

@@ -185,3 +185,26 @@ def test_control_flow_on_values_falls_back_to_a_real_copy():
             return self.head(self.mid(x if float(x.detach().sum()) > -1e9 else -x))
 
     assert trace(Branching(), SHAPE).full == {"stem.conv": 6, "mid.conv": 8}
+
+
+class Described(nn.Module):
+    """Takes one mapping, as detectors and multi-modal models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(1, 8, 3)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, batch):
+        return self.last(F.relu(self.left(batch["image"]) + self.right(batch["mask"])))
+
+
+class Named(Described):
+    def forward(self, image, mask):
+        return super().forward({"image": image, "mask": mask})
+
+
+@pytest.mark.parametrize(("kind", "wrap"), [(Described, lambda inputs: (inputs,)), (Named, dict)])
+def test_a_mapping_is_keywords_and_a_tuple_of_one_mapping_is_an_argument(kind, wrap):
+    inputs = {"image": torch.randn(2, 3, 8, 8), "mask": torch.randn(2, 1, 8, 8)}
+    assert trace(kind(), wrap(inputs)).full == {"left": 8}

@@ -2,6 +2,7 @@ import gzip
 import os
 import pickle
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_resizing_is_the_antialiased_filter():
 
 def test_large_sets_are_resized_batch_by_batch_with_the_same_result(monkeypatch):
     now = load_data("digits", image_size=20, limit=9)
-    monkeypatch.setattr("widthkit.train.datasets._RESIZED_BYTES", 0)
+    monkeypatch.setattr(sys.modules["widthkit.train.datasets"], "_RESIZED_BYTES", 0)
     later = load_data("digits", image_size=20, limit=9)
     assert later.train.images.shape[-1] == 8
     assert torch.equal(everything(now.train)[0], everything(later.train)[0])

@@ -421,3 +421,9 @@ def test_training_learns_digits():
     train(net, make_loader(data.train, 50, train=True), 5, lr=0.2, **QUIET)
     # A tenth is chance.
     assert evaluate(net, make_loader(data.valid, 100, train=False))["accuracy"] > 0.5
+
+
+def test_a_batch_too_small_for_batch_norm_is_refused_in_words():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(ModelError, match=r"batch of 1 .*larger batches"):
+        train(net, [(torch.zeros(1, 4), torch.tensor([0]))], 1, **QUIET)

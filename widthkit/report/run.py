@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,31 @@ from widthkit.budget import show_count
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_write
 from widthkit.search import SearchResult
+
+
+class _Row(BaseModel):
+    network: str
+    macs: int
+    params: int
+    accuracy: list[float]
+    accuracy_mean: float
+    accuracy_std: float | None
+    latency_ms: float
+
+
+class _Latency(BaseModel):
+    input_shape: list[int]
+    device: str
+
+
+class _Results(BaseModel):
+    """What the page needs of ``results.json``."""
+
+    config: dict[str, Any]
+    versions: dict[str, Any]
+    latency: _Latency
+    table: list[_Row]
+    widths: dict[str, dict[str, int]]
 
 
 def report_run(folder: str | Path) -> list[Path]:
@@ -51,11 +77,13 @@ def _results(path: Path) -> dict[str, Any] | None:
         return None
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"table", "widths"} <= set(data):
-            raise ValueError("no table")
+        checked = _Results.model_validate(data)
+        if not {"dense", "uniform", "searched"} <= {row.network for row in checked.table}:
+            raise ValueError("the table must hold dense, uniform and searched")
         return data
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); run the command again") from error
+        why = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path} is damaged ({why}); run the command again") from error
 
 
 def _png(figure: Any) -> bytes:

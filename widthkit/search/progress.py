@@ -11,9 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from widthkit.search.result import Trial
 
+_SECONDS_PER_LINE = 15
+
 
 class SearchBar:
-    """A context manager that is called with every trial; silent where stderr is no terminal."""
+    """A context manager that is called with every trial; one line now and then where stderr is no terminal."""
 
     def __init__(self) -> None:
         console = Console(file=sys.stderr)
@@ -29,6 +31,7 @@ class SearchBar:
         self._best = float("-inf")
         self._count = 0
         self._start = time.perf_counter()
+        self._last_line = self._start
 
     def __enter__(self) -> SearchBar:
         self._bar.start()
@@ -44,6 +47,9 @@ class SearchBar:
         self._count += 1
         self._best = max(self._best, trial.score)
         rate = self._count / max(time.perf_counter() - self._start, 1e-9)
-        self._bar.update(
-            self._task, completed=progress, text=f"{self._count} networks, best score {self._best:.4f}, {rate:.1f}/s"
-        )
+        text = f"{self._count} networks, best score {self._best:.4f}, {rate:.1f}/s"
+        self._bar.update(self._task, completed=progress, text=text)
+        if self._bar.disable and time.perf_counter() - self._last_line > _SECONDS_PER_LINE:
+            self._last_line = time.perf_counter()
+            left = (self._last_line - self._start) * (1 - progress) / max(progress, 1e-3)
+            print(f"search {progress:.0%}: {text}, about {left:.0f} s left", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_json
@@ -85,7 +86,14 @@ class SearchResult:
                 raise CheckpointError(f"{path}: another format version; this widthkit reads version {FORMAT}")
             data.pop("pareto", None)
             trials = [_trial(trial) for trial in data.pop("trials")]
-            return cls(trials=trials, **data)
+            found = TypeAdapter(cls).validate_python(asdict(cls(trials=trials, **data)))
+            if not (isinstance(found.full["widths"], dict) and found.full["macs"] > 0):
+                raise ValueError("'full' must hold the model's widths and macs")
+            return found
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError(f"{path} is damaged at '{where}': {first['msg']}; search again") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a search result ({type(error).__name__}: {error})") from error
 

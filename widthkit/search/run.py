@@ -95,7 +95,7 @@ def make_searcher(
 
     Raises:
         PluginError: If no searcher has that name.
-        OptionError: If it does not take one of the options.
+        OptionError: If it does not take one of the options, or not with that value.
     """
     cls = SEARCHERS.get(name)
     parameters = inspect.signature(cls).parameters
@@ -104,7 +104,11 @@ def make_searcher(
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
         raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
-    return cls(net.space, budget, rng, **options)
+    try:
+        return cls(net.space, budget, rng, **options)
+    except (TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
 
 
 def run_loop(

@@ -7,11 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from widthkit.errors import ModelError
 from widthkit.structure import image_size
 
 Inputs = tuple[Any, ...]
+
+
+class Keywords(dict[str, Any]):
+    """Arguments passed by name; a plain dict among the inputs is itself an argument."""
+
+
+register_pytree_node(Keywords, lambda k: (list(k.values()), list(k)), lambda v, k: Keywords(zip(k, v, strict=True)))
 _CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
@@ -28,7 +36,7 @@ def as_inputs(example: Any, dtype: torch.dtype = torch.float32) -> Inputs:
     if isinstance(example, Tensor):
         return (example,)
     if isinstance(example, Mapping):
-        return (dict(example),)
+        return (Keywords(example),)
     if isinstance(example, (tuple, list)) and example and all(isinstance(n, int) for n in example):
         return (_random(tuple(example), dtype),)
     if isinstance(example, (tuple, list)) and example:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
+from widthkit.trace.inputs import Keywords
 
 
 class Recorder(TorchDispatchMode):
@@ -49,8 +50,8 @@ class Recorder(TorchDispatchMode):
 
 
 def call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """Call a model; a single mapping is spread as keyword arguments."""
-    if len(inputs) == 1 and isinstance(inputs[0], dict):
+    """Call a model with its example inputs, by position or by name."""
+    if len(inputs) == 1 and isinstance(inputs[0], Keywords):
         return model(**inputs[0])
     return model(*inputs)
 

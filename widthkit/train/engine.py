@@ -105,3 +105,17 @@ def train(
         if stored is not None:
             run.restore(stored)
         return run.fit(file, mark, progress, on_epoch)
+
+
+def check_engine(mixed_precision: str, device: str | torch.device | None) -> None:
+    """Refuse a device or precision that :func:`train` could not use on this machine; nothing is changed.
+
+    Raises:
+        OptionError: If so.
+
+    >>> check_engine("fp16", "cpu")
+    Traceback (most recent call last):
+    widthkit.errors.OptionError: mixed_precision='fp16' cannot be used on a CPU; take 'no' or 'bf16'.
+    """
+    with parallel.accelerator_scope(mixed_precision, checked_device(device)):
+        pass

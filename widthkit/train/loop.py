@@ -150,7 +150,14 @@ class Run:
         inputs, targets = send_to_device(split_batch(batch), self.accelerator.device)
         context = self._context(inputs, targets)
         self.optimizer.zero_grad()
-        loss = self.step(context)
+        try:
+            loss = self.step(context)
+        except ValueError as error:
+            # As torch's batch norm raises it for a single value per channel.
+            raise ModelError(
+                f"{type(self.net).__name__} cannot be trained on a batch of {batch_size(inputs)} "
+                f"({' '.join(str(error).split())}); take larger batches or images."
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ModelError(f"the training step of {type(self.net).__name__} must return one loss, a scalar tensor.")
         parallel.average_gradients(self.parameters)
