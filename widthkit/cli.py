@@ -46,6 +46,7 @@ StrategyName = Annotated[str, typer.Option("--strategy", help="Sharing strategy;
 SearcherName = Annotated[str, typer.Option("--searcher", help="Searcher; see widthkit plugins")]
 StrategyOption = Annotated[list[str] | None, typer.Option(help="Option of the strategy, as NAME=VALUE (JSON)")]
 SearcherOption = Annotated[list[str] | None, typer.Option(help="Option of the searcher, as NAME=VALUE (JSON)")]
+SearchImages = Annotated[int, typer.Option(min=1, help="Held-out images that every candidate is judged on, at most")]
 BudgetText = Annotated[str, typer.Option("--budget", help="0.5x, 2.0GMACs, 3.1Mparams, or several with commas")]
 Choices = Annotated[int, typer.Option("--k", help="Evenly spaced choices per group")]
 Bins = Annotated[float | None, typer.Option(help="FLOPs-sensitive bins with this beta, instead of --k")]
@@ -137,6 +138,7 @@ def search_command(
     budget: BudgetText = "0.5x",
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
+    search_images: SearchImages = 2048,
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
@@ -147,6 +149,7 @@ def search_command(
     job = Job(folder.config(), folder)
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = _pairs(searcher_option)
+    job.config.search_images = search_images
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
@@ -187,6 +190,7 @@ def slim_command(
     strategy_option: StrategyOption = None,
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
+    search_images: SearchImages = 2048,
     k: Choices = 10,
     bins: Bins = None,
     min_width: MinWidth = "0.1x",
@@ -342,6 +346,8 @@ def main() -> None:
     """Run the command line; refusals become one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
+        # Here, where it can still be refused: at shutdown Python would drop what a full disk did not take.
+        sys.stdout.flush()
     except WidthkitError as error:
         _fail(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:

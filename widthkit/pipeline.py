@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
+from torch.utils.data import Subset
 
 from widthkit.budget import Budget, Limit, parse_budget
 from widthkit.errors import CheckpointError, OptionError
@@ -64,6 +65,7 @@ class RunConfig(BaseModel):
         strategy_options: Its options.
         searcher: Searcher.
         searcher_options: Its options.
+        search_images: Held-out images that every candidate is judged on, at most.
         budget: What the slim network may cost.
         k: Evenly spaced choices per group.
         bins: FLOPs-sensitive bins with this beta, instead of ``k``.
@@ -100,6 +102,7 @@ class RunConfig(BaseModel):
     strategy_options: dict[str, Any] = {}
     searcher: str = "greedy"
     searcher_options: dict[str, Any] = {}
+    search_images: int = Field(default=2048, ge=1)
     budget: str = "0.5x"
     k: int = 10
     bins: float | None = None
@@ -150,12 +153,16 @@ class Folder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise OptionError(f"{self.path} is a file; --out needs a folder")
-        if self.config_file.exists():
+        if self.config_file.exists() and self._has_results():
             if not resume:
                 raise OptionError(f"{self.path} already holds a run; pass --resume to continue it or another --out")
             self._same(config)
         else:
             atomic_json(self.config_file, {"format": 1, **config.model_dump()})
+
+    def _has_results(self) -> bool:
+        """Whether anything beside the settings is here that another run would mix with."""
+        return any(self.path.glob("*/**/*.safetensors")) or any(self.path.glob("search*.json*"))
 
     def _same(self, config: RunConfig) -> None:
         old, new = self.config().model_dump(), config.model_dump()
@@ -345,7 +352,10 @@ class Job:
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:
         """Stage 2: search, or continue."""
         c = self.config
-        loader = make_loader(data.valid, 512, train=False)
+        # The parts of the data interleave their classes, so the first images are a fair sample.
+        count = min(c.search_images, len(data.valid))  # type: ignore[arg-type]
+        images = Subset(data.valid, range(count))
+        loader = make_loader(images, 512, train=False)
         result = search(
             net,
             loader,

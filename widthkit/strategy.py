@@ -5,10 +5,11 @@ Strategies live outside the core and come in through the entry-point group ``wid
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import Tensor
 
@@ -84,6 +85,10 @@ def make_strategy(strategy: str | Strategy, options: Mapping[str, Any]) -> Strat
     return build(STRATEGIES, strategy, options)  # type: ignore[no-any-return]
 
 
+_SIMPLE: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def build(registry: Registry[Any], plugin: Any, options: Mapping[str, Any]) -> Any:
     """Build a registered plug-in by name; an instance passes as it is when no options come with it."""
     if not isinstance(plugin, str):
@@ -91,8 +96,19 @@ def build(registry: Registry[Any], plugin: Any, options: Mapping[str, Any]) -> A
             raise OptionError(f"options {sorted(options)} go with a {registry.kind} name, not with an instance")
         return plugin
     cls = registry.get(plugin)
+    known = inspect.signature(cls).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        hint = f"its options are: {', '.join(known)}" if known else "it has none"
+        raise OptionError(f"{registry.kind} '{plugin}' has no option '{unknown[0]}'; {hint}")
+    hints = get_type_hints(cls.__init__) if options else {}
+    for name, value in options.items():
+        wanted = hints.get(name)
+        if wanted not in _SIMPLE:
+            continue
+        if not isinstance(value, _SIMPLE[wanted]) or isinstance(value, bool) != (wanted is bool):
+            raise OptionError(f"{registry.kind} '{plugin}': {name} must be {_NAMES[wanted]}, not {value!r}")
     try:
         return cls(**options)
     except TypeError as error:
-        known = ", ".join(getattr(cls, "__dataclass_fields__", {})) or "none"
-        raise OptionError(f"{registry.kind} '{plugin}': {error}; its options are: {known}") from None
+        raise OptionError(f"{registry.kind} '{plugin}': {error}") from None

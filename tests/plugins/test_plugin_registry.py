@@ -1,13 +1,15 @@
 """One strict registry: what a broken plug-in says, and that it takes nobody down."""
 
+import re
 from abc import ABC, abstractmethod
 from types import SimpleNamespace
 
 import pytest
 
 import widthkit.registry
-from widthkit.errors import PluginError
+from widthkit.errors import OptionError, PluginError
 from widthkit.registry import PluginInfo, Registry
+from widthkit.strategy import make_strategy
 
 
 class Base(ABC):
@@ -208,3 +210,15 @@ def test_the_built_in_plugins_come_in_through_the_same_door():
             assert info.summary.endswith((".", ")."))
             assert info.distribution == "widthkit"
     assert all(cls.__module__.startswith("widthkit_plugins.") for cls in map(STRATEGIES.get, STRATEGIES.names()))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"complementary": 3}, "complementary must be true or false, not 3"),
+        ({"complement": True}, "has no option 'complement'; its options are: complementary"),
+    ],
+)
+def test_options_of_a_strategy_are_checked_by_name_and_type(options, line):
+    with pytest.raises(OptionError, match=re.escape(line)):
+        make_strategy("bc", options)

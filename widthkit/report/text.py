@@ -17,7 +17,7 @@ from widthkit.strategy import STRATEGIES
 from widthkit.trace.rules import RULES
 from widthkit.version import __version__
 
-_OBVIOUS = ("size 1", "not a floating-point tensor")
+_OBVIOUS = ("size 1", "not a floating-point tensor", "size of a convolution kernel")
 
 
 def graph_json(graph: ChannelGraph) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _is_matrix(group: ChannelGroup, tensor: str) -> bool:
 
 
 def _print_frozen(console: Console, graph: ChannelGraph, verbose: bool) -> None:
-    told = {key: why for key, why in graph.frozen.items() if why not in _OBVIOUS and "as a kernel" not in why}
+    told = {key: why for key, why in graph.frozen.items() if why not in _OBVIOUS}
     if verbose:
         console.print("frozen:")
         for key, why in graph.frozen.items():

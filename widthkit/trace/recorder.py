@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from widthkit.errors import TraceError, WidthkitError
 from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
 from widthkit.trace.inputs import Keywords
@@ -35,7 +36,7 @@ class Recorder(TorchDispatchMode):
         context = OpContext(self.run, func, args, kwargs, out, path, module)
         rule = rules.find(func)
         if rule is not None:
-            rule(context)
+            _apply(rule, context)
         else:
             self._unknown(context)
         self.run.note(path, context.name, tensors, flat_tensors((out,)))
@@ -47,6 +48,19 @@ class Recorder(TorchDispatchMode):
             self.run.unknown[context.name] = context.path
         for tensor in labelled:
             context.freeze_tensor(tensor, "has no coupling rule (docs/rules.md says how to register one)")
+
+
+def _apply(rule: rules.Rule, context: OpContext) -> None:
+    """Apply a rule; a rule that breaks is its own fault, not the model's or the input's."""
+    try:
+        rule(context)
+    except WidthkitError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"{context.where}: the coupling rule broke ({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
+            f"register another rule for '{context.name}' (docs/rules.md)"
+        ) from error
 
 
 def call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
