@@ -444,7 +444,8 @@ class Job:
             "accuracy_mean": statistics.fmean(accuracies),
             "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         }
-        self.say(f"{name}: accuracy {row['accuracy_mean']:.2%} over {len(accuracies)} trainings")
+        n = len(accuracies)
+        self.say(f"{name}: accuracy {row['accuracy_mean']:.2%} over {n} training{'s' if n > 1 else ''}")
         return row, networks[0].cpu()
 
     def uniform(self, graph: ChannelGraph, macs: int) -> dict[str, int]:
