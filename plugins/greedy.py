@@ -14,8 +14,9 @@ from widthkit.space import SearchSpace
 
 
 class GreedySearcher(Searcher):
-    """Slim the group whose next step costs the least score, until the budget holds.
+    """Take away, step by step, what hurts least (AutoSlim, section 3.3).
 
+    Every step slims the group whose next narrower choice costs the least score, until the budget holds.
     One pass visits every budget on the way, so the result's Pareto set is a whole trade-off curve. Ties go to the
     group that saves more.
     """

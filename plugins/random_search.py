@@ -21,7 +21,7 @@ _IDLE_BATCHES = 20
 
 
 class RandomSearcher(Searcher):
-    """Draw width vectors that use almost all of the budget.
+    """Random widths that use almost all of the budget.
 
     Uniform draws are nearly always far below or above a budget. A draw here starts from random genes and moves random
     groups a step up or down until it lies in the band, so that hardly any draw is thrown away.

@@ -14,7 +14,7 @@ from widthkit.space import SearchSpace
 
 
 class UniformSearcher(Searcher):
-    """The largest single multiplier whose widths are inside the budget, within each group's range."""
+    """One multiplier for all groups, the largest inside the budget."""
 
     def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
         super().__init__(space, budget, rng)

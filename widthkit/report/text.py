@@ -112,13 +112,13 @@ def _general(reason: str) -> str:
 
 
 def plugins_text() -> None:
-    """Print every plug-in with its distribution and first docstring line."""
-    console = Console()
-    table = Table("kind", "name", "what it does", "package", box=None, pad_edge=False)
+    """Print every plug-in on a line of its own: kind, name, first docstring line, package."""
     registries: list[Registry[Any]] = [STRATEGIES, SEARCHERS, RULES]
+    rows = [("kind", "name", "what it does", "package")]
     for registry in registries:
         for info in registry.infos():
-            table.add_row(
-                info.kind, info.name, info.summary if info.error is None else f"broken: {info.error}", info.distribution
-            )
-    console.print(table, highlight=False, markup=False)
+            said = info.summary if info.error is None else f"broken: {info.error}"
+            rows.append((info.kind, info.name, said, info.distribution))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
