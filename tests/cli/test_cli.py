@@ -14,6 +14,8 @@ import torch
 
 import widthkit as wk
 from widthkit.cli import main
+from widthkit.errors import OptionError
+from widthkit.pipeline import Folder, RunConfig
 from widthkit.report.run import remarks
 
 ROOT = Path(__file__).parents[2]
@@ -260,3 +262,19 @@ def test_remarks_name_what_disappoints():
     bad = {"table": [row("dense", 100, 0.9, 10), row("uniform", 50, 0.85, 6), row("searched", 50, 0.8, 11)]}
     assert any("not faster" in r for r in remarks(bad))
     assert any("more accurate" in r for r in remarks(bad))
+
+
+def test_a_folder_is_claimed_by_results_and_not_by_a_failed_start(tmp_path):
+    folder = Folder(tmp_path / "run")
+    first = RunConfig(model="timm/resnet10t", data="digits", lr=50.0)
+    folder.begin(first, resume=False)
+    second = first.model_copy(update={"lr": 0.01})
+    folder.begin(second, resume=False)  # nothing but settings was there
+    assert folder.config().lr == 0.01
+    checkpoint = tmp_path / "run" / "supernet" / "checkpoint.safetensors"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"weights")
+    with pytest.raises(OptionError, match="already holds a run"):
+        folder.begin(first, resume=False)
+    with pytest.raises(OptionError, match="lr=0.01"):
+        folder.begin(first, resume=True)

@@ -143,7 +143,7 @@ def test_growing_fills_new_entries_as_the_layer_would():
     assert not torch.equal(wide.mid.conv.weight, apply_plan(model, plan, seed=2).mid.conv.weight)
     assert torch.equal(wide.mid.conv.weight[:8], model.mid.conv.weight)
     bound = 1 / (9 * 6) ** 0.5
-    new = wide.mid.conv.weight[8:]
+    new = wide.mid.conv.weight[8:].detach()
     assert 0 < float(new.abs().max()) <= bound
     assert wide.mid.bn.weight[8:].tolist() == [1.0] * 4
     assert wide.mid.bn.running_var.tolist() == [3.0] * 8 + [1.0] * 4

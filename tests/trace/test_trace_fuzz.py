@@ -11,7 +11,6 @@ from topologies import randomised
 
 from widthkit.trace import trace
 
-torch.set_num_threads(1)
 SHAPE = (1, 3, 6, 6)
 
 

@@ -15,7 +15,6 @@ from topologies import randomised
 
 from widthkit.trace import trace
 
-torch.set_num_threads(1)
 SIZES = {
     "torchvision/resnet18": 32,
     "torchvision/mobilenet_v2": 32,

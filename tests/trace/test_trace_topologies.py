@@ -7,12 +7,10 @@ import functools
 import numpy as np
 import oracles
 import pytest
-import torch
 from topologies import CASES, Case, sites
 
 from widthkit.trace import trace
 
-torch.set_num_threads(1)
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
