@@ -276,5 +276,5 @@ def test_a_folder_is_claimed_by_results_and_not_by_a_failed_start(tmp_path):
     checkpoint.write_bytes(b"weights")
     with pytest.raises(OptionError, match="already holds a run"):
         folder.begin(first, resume=False)
-    with pytest.raises(OptionError, match="lr=0.01"):
+    with pytest.raises(OptionError, match=r"lr=0\.01"):
         folder.begin(first, resume=True)
