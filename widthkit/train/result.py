@@ -24,7 +24,7 @@ class TrainResult:
     """The figures of a finished run.
 
     Attributes:
-        epochs: Number of epochs trained, in all sessions of the run together.
+        epochs: Number of epochs trained, resumed parts of the run included.
         history: One entry per epoch: ``epoch`` (from 1), ``loss`` (mean over samples), ``accuracy`` (top-1 in
             ``[0, 1]``, NaN where the outputs are no class logits), ``lr`` (at the start of the epoch),
             ``images_per_s``, ``seconds``.
