@@ -11,7 +11,7 @@ from torch import Tensor
 
 from widthkit.graph import IntArray
 from widthkit.space import GroupChoices
-from widthkit.strategy import StepCost, Strategy
+from widthkit.strategy import StepCost, Strategy, train_path
 from widthkit.supernet import Supernet
 from widthkit.train.step import StepContext
 
@@ -48,16 +48,8 @@ class BilaterallyCoupled(Strategy):
         vectors = [widths]
         if self.complementary:
             vectors.append({g.name: self.complement(widths[g.name], g) for g in net.space.groups})
-        total = torch.zeros(())
-        for vector in vectors:
-            for path in net.paths(vector):
-                outputs = net.forward_on(path, step)
-                loss = step.loss(outputs, step.targets) / 2
-                step.backward(loss)
-                total = total + loss.detach().cpu() / len(vectors)
-                if step.outputs is None:
-                    step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-        return total
+        losses = [train_path(net, step, path, 0.5) for vector in vectors for path in net.paths(vector)]
+        return torch.stack(losses).sum() / len(vectors)
 
     def combine(self, scores: Sequence[float]) -> float:
         """The mean of both ends (Eq. 12)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from widthkit.errors import OptionError
 from widthkit.graph import IntArray
 from widthkit.space import GroupChoices
-from widthkit.strategy import StepCost, Strategy
+from widthkit.strategy import StepCost, Strategy, train_path
 from widthkit.supernet import Supernet
 from widthkit.train.step import StepContext
 
@@ -65,17 +65,9 @@ class BilaterallyCoupledV2(Strategy):
             vectors.append({g.name: self.complement(widths[g.name], g) for g in net.space.groups})
         # Batches count from 1: the first one is odd and trains the left network.
         ends = [step.index % 2] if self.iterative else [0, 1]
-        total = torch.zeros(())
-        for vector in vectors:
-            paths = net.paths(vector)
-            for end in ends:
-                outputs = net.forward_on(paths[end], step)
-                loss = step.loss(outputs, step.targets) / len(ends)
-                step.backward(loss)
-                total = total + loss.detach().cpu() / len(vectors)
-                if step.outputs is None:
-                    step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-        return total
+        share = 1 / len(ends)
+        losses = [train_path(net, step, net.paths(vector)[end], share) for vector in vectors for end in ends]
+        return torch.stack(losses).sum() / len(vectors)
 
     def combine(self, scores: Sequence[float]) -> float:
         """The mean of both ends (Eq. 12)."""

@@ -59,6 +59,19 @@ class Strategy(ABC):
         """Forwards and backwards of one training step."""
 
 
+def train_path(net: Supernet, step: StepContext, units: Path, share: float = 1.0) -> Tensor:
+    """Train one sub-network on a batch: forward, backward of ``share`` times its loss; return that loss, detached.
+
+    The first sub-network of a step shows its outputs in the progress bar's accuracy.
+    """
+    outputs = net.forward_on(units, step)
+    loss = step.loss(outputs, step.targets) * share
+    step.backward(loss)
+    if step.outputs is None:
+        step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
+    return loss.detach()
+
+
 STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "widthkit.strategies", Strategy)
 register = STRATEGIES.register
 
