@@ -69,13 +69,7 @@ def add_into(target: Tensor, spec: Spec, value: Tensor) -> None:
     elif len(indexed) == 1:
         part.index_add_(indexed[0][0], indexed[0][1], value)
     else:
-        # Rows first: their union is smaller than the target, and the last dim is added in place.
-        *first, (last_dim, last) = indexed
-        rows = part
-        for dim, where in first:
-            rows = rows.index_select(dim, where)
-        rows.index_add_(last_dim, last, value)
-        _write_back(part, first, rows)
+        copy_into(target, spec, gather(target, spec) + value)
 
 
 def copy_into(target: Tensor, spec: Spec, value: Tensor) -> None:

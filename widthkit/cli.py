@@ -217,9 +217,9 @@ def slim_command(
     from widthkit.report.run import report_run, table_text
 
     job = _start(values)
-    job.check(final=True)
+    net, splits = job.check(final=True)
     job.folder.begin(job.config, resume)
-    results = job.run()
+    results = job.run(net, splits)
     report_run(job.folder.path)
     table_text(results)
     typer.echo(f"results in {out}: slim.safetensors, slim.json, search.json, widths.png, report.html")

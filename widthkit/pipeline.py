@@ -393,9 +393,8 @@ class Job:
         recalibrate(slim, make_loader(data.train, c.batch_size, train=False))
         return slim
 
-    def run(self) -> dict[str, Any]:
-        """All stages; returns what ``results.json`` holds."""
-        net, data = self.check(final=True)
+    def run(self, net: Supernet, data: DataSplits) -> dict[str, Any]:
+        """All stages, on what :meth:`check` built; returns what ``results.json`` holds."""
         self.train_supernet(net, data)
         result = self.search_widths(net, data)
         chosen = {

@@ -15,7 +15,7 @@ from widthkit.trace.rules.pointwise import broadcast_tie
 LETTERS = string.ascii_letters
 
 
-def contract(ctx: OpContext, operands: Sequence[tuple[Tensor, str]], out: str, count: bool = True) -> dict[str, Labels]:
+def contract(ctx: OpContext, operands: Sequence[tuple[Tensor, str]], count: bool = True) -> dict[str, Labels]:
     """Tie dims that share a letter and count the product of all letters as MACs.
 
     Returns:
@@ -46,7 +46,7 @@ def _product(ctx: OpContext, a: Tensor, b: Tensor) -> tuple[tuple[Labels | None,
     left = (batch.upper()[-(a.ndim - 2) :] if a.ndim > 2 else "") + left
     right = (batch.upper()[-(b.ndim - 2) :] if b.ndim > 2 else "") + right
     out = batch.upper() + ("m" if a.ndim > 1 else "") + ("n" if b.ndim > 1 else "")
-    labels = contract(ctx, [(a, left), (b, right)], out)
+    labels = contract(ctx, [(a, left), (b, right)])
     return tuple(labels.get(letter) for letter in out), labels
 
 
@@ -70,7 +70,7 @@ def linear(ctx: OpContext) -> None:
     """Tie the last dim of the input with dim 1 of the weight; dim 0 of the weight is the result."""
     x, weight, bias = ctx.arg("input"), ctx.arg("weight"), ctx.arg("bias")
     rows = LETTERS[26 : 26 + x.ndim - 1]
-    labels = contract(ctx, [(x, f"{rows}i"), (weight, "oi" if weight.ndim == 2 else "i")], f"{rows}o")
+    labels = contract(ctx, [(x, f"{rows}i"), (weight, "oi" if weight.ndim == 2 else "i")])
     result = labels.get("o")
     if bias is not None and bias.ndim:
         result = ctx.match((result, weight.shape[0]), (ctx.dims(bias)[0], len(bias)))
@@ -89,7 +89,7 @@ def einsum(ctx: OpContext) -> None:
         for t in tensors:
             ctx.freeze_tensor(t, f"has an equation that is not spelled out ({equation})")
         return
-    labels = contract(ctx, list(zip(tensors, left.split(","), strict=True)), right)
+    labels = contract(ctx, list(zip(tensors, left.split(","), strict=True)))
     ctx.set(ctx.out, tuple(labels.get(letter) for letter in right))
 
 
@@ -102,8 +102,8 @@ def attention(ctx: OpContext) -> None:
         for t in (q, k, v):
             ctx.freeze_tensor(t, "groups its queries")
         return
-    scores = contract(ctx, [(q, f"{batch}le"), (k, f"{batch}se")], f"{batch}ls")
-    values = contract(ctx, [(k, f"{batch}s_"), (v, f"{batch}sf")], f"{batch}sf", count=False)
+    scores = contract(ctx, [(q, f"{batch}le"), (k, f"{batch}se")])
+    values = contract(ctx, [(k, f"{batch}s_"), (v, f"{batch}sf")], count=False)
     sizes = dict(zip(f"{batch}sf", v.shape, strict=True)) | {"l": q.shape[-2]}
     labels = {**values, **scores}
     ctx.macs([(labels.get(letter), sizes[letter]) for letter in f"{batch}lsf"])
