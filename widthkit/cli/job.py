@@ -1,0 +1,203 @@
+"""The whole job and its steps: train, search, export, slim, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from widthkit.cli.app import app
+from widthkit.cli.options import (
+    Augment,
+    BatchSize,
+    Bins,
+    BudgetText,
+    Choices,
+    Data,
+    DataDir,
+    Device,
+    Divisor,
+    Epochs,
+    FinalEpochs,
+    Freeze,
+    ImageSize,
+    Init,
+    LimitImages,
+    Lr,
+    MaxWidth,
+    MinWidth,
+    Model,
+    ModelOption,
+    Optimizer,
+    Out,
+    Precision,
+    Pretrained,
+    Resume,
+    Run,
+    Schedule,
+    SearcherName,
+    SearcherOption,
+    SearchImages,
+    Seed,
+    Seeds,
+    StrategyName,
+    StrategyOption,
+    WeightDecay,
+    pairs,
+    read_widths,
+)
+
+
+@app.command("train")
+def train_command(
+    model: Model,
+    data: Data,
+    out: Out,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    limit: LimitImages = None,
+    augment: Augment = False,
+    pretrained: Pretrained = False,
+    strategy: StrategyName = "bc",
+    strategy_option: StrategyOption = None,
+    k: Choices = 10,
+    bins: Bins = None,
+    min_width: MinWidth = "0.1x",
+    max_width: MaxWidth = "1x",
+    divisor: Divisor = 1,
+    freeze: Freeze = None,
+    epochs: Epochs = 10,
+    batch_size: BatchSize = 128,
+    optimizer: Optimizer = "sgd",
+    lr: Lr = 0.05,
+    weight_decay: WeightDecay = 1e-4,
+    schedule: Schedule = "cosine",
+    precision: Precision = "no",
+    device: Device = None,
+    seed: Seed = 0,
+    model_option: ModelOption = None,
+    resume: Resume = False,
+) -> None:
+    """Train a supernet; search and export continue in the same folder."""
+    values = dict(locals())
+    job = _start(values)
+    net, splits = job.check(search=False)
+    job.folder.begin(job.config, resume)
+    job.train_supernet(net, splits)
+    typer.echo(f"next: widthkit search {out} --budget 0.5x")
+
+
+@app.command("search")
+def search_command(
+    run: Run,
+    budget: BudgetText = "0.5x",
+    searcher: SearcherName = "greedy",
+    searcher_option: SearcherOption = None,
+    search_images: SearchImages = 2048,
+    resume: Resume = False,
+) -> None:
+    """Search widths in a trained supernet."""
+    from widthkit.pipeline import Folder, Job
+    from widthkit.search.run import describe
+
+    folder = Folder(run)
+    job = Job(folder.config(), folder)
+    job.config.budget, job.config.searcher = budget, searcher
+    job.config.searcher_options = pairs(searcher_option)
+    job.config.search_images = search_images
+    net, splits = job.check()
+    job.require_supernet()
+    folder.fresh_search(resume)
+    job.train_supernet(net, splits)
+    typer.echo(describe(job.search_widths(net, splits)))
+    typer.echo(f"next: widthkit export {run}")
+
+
+@app.command("export")
+def export_command(
+    run: Run,
+    widths: Annotated[Path | None, typer.Option(help="JSON file: group name -> width; the search's by default")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; RUN/slim by default")] = None,
+) -> None:
+    """Write the slim network with the supernet's weights, its batch norms recalibrated."""
+    from widthkit.pipeline import Folder, Job
+
+    folder = Folder(run)
+    job = Job(folder.config(), folder)
+    chosen = read_widths(widths) if widths else folder.result().widths
+    job.require_supernet()
+    for path in job.export_slim(chosen, out or folder.path / "slim"):
+        typer.echo(path)
+
+
+@app.command("slim")
+def slim_command(
+    model: Model,
+    data: Data,
+    out: Out,
+    budget: BudgetText = "0.5x",
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    limit: LimitImages = None,
+    augment: Augment = False,
+    pretrained: Pretrained = False,
+    strategy: StrategyName = "bc",
+    strategy_option: StrategyOption = None,
+    searcher: SearcherName = "greedy",
+    searcher_option: SearcherOption = None,
+    search_images: SearchImages = 2048,
+    k: Choices = 10,
+    bins: Bins = None,
+    min_width: MinWidth = "0.1x",
+    max_width: MaxWidth = "1x",
+    divisor: Divisor = 1,
+    freeze: Freeze = None,
+    epochs: Epochs = 10,
+    final_epochs: FinalEpochs = 10,
+    seeds: Seeds = 1,
+    init: Init = "scratch",
+    batch_size: BatchSize = 128,
+    optimizer: Optimizer = "sgd",
+    lr: Lr = 0.05,
+    weight_decay: WeightDecay = 1e-4,
+    schedule: Schedule = "cosine",
+    precision: Precision = "no",
+    device: Device = None,
+    seed: Seed = 0,
+    model_option: ModelOption = None,
+    resume: Resume = False,
+) -> None:
+    """Do all of it: train a supernet, search, export, train the result, compare with dense and uniform."""
+    values = dict(locals())
+    from widthkit.report.run import report_run, table_text
+
+    job = _start(values)
+    net, splits = job.check(final=True)
+    job.folder.begin(job.config, resume)
+    results = job.run(net, splits)
+    report_run(job.folder.path)
+    table_text(results)
+    typer.echo(f"results in {out}: slim.safetensors, slim.json, search.json, widths.png, report.html")
+
+
+@app.command("report")
+def report_command(run: Run) -> None:
+    """Draw the pictures and the page of a run again."""
+    from widthkit.report.run import report_run
+
+    for path in report_run(run):
+        typer.echo(path)
+
+
+def _start(values: dict[str, Any]) -> Any:
+    """Build a job from a command's options."""
+    from widthkit.pipeline import Folder, Job, RunConfig
+
+    settings = {name: value for name, value in values.items() if name in RunConfig.model_fields and value is not None}
+    settings["model_options"] = pairs(values.get("model_option"))
+    settings["strategy_options"] = pairs(values.get("strategy_option"))
+    settings["searcher_options"] = pairs(values.get("searcher_option"))
+    settings["mixed_precision"] = values["precision"]
+    config = RunConfig(**settings)
+    return Job(config, Folder(values["out"]))

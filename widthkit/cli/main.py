@@ -1,0 +1,59 @@
+"""The entry point; every refusal is one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import widthkit.cli.bench
+import widthkit.cli.job
+import widthkit.cli.trace  # noqa: F401
+from widthkit.cli.app import app
+from widthkit.errors import WidthkitError
+
+
+def main() -> None:
+    """Run the command line; refusals become one line on stderr and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+        # Here, where it can still be refused: at shutdown Python would drop what a full disk did not take.
+        sys.stdout.flush()
+    except WidthkitError as error:
+        _fail(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        _fail(_INTERRUPTED, 130)
+    except MemoryError:
+        _fail(_OUT_OF_MEMORY, 2)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; keep Python from complaining while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error)):
+            _fail(_OUT_OF_MEMORY, 2)
+        if type(error).__name__ == "Abort":
+            _fail(_INTERRUPTED, 130)
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(" ".join(error.format_message().split()) + _command_hint(error), 2)
+    if code == 130:
+        # Typer turns Ctrl-C into this code without a word.
+        _fail(_INTERRUPTED, 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+_OUT_OF_MEMORY = "out of memory; lower --batch-size or --image-size"
+_INTERRUPTED = "interrupted; the same command with --resume goes on from the last checkpoint"
+
+
+def _command_hint(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see {context.command_path} --help)" if context is not None else ""
+
+
+def _fail(line: str, code: int) -> None:
+    print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+    sys.exit(code)
