@@ -2,7 +2,8 @@
 
 from widthkit.errors import WidthkitError
 from widthkit.export.dense import export
-from widthkit.export.save import load, save
+from widthkit.export.formats import save
+from widthkit.export.save import load
 from widthkit.models import create_model
 from widthkit.search.run import search
 from widthkit.strategy import Strategy

@@ -23,29 +23,16 @@ from widthkit.plan import apply_plan, check_shapes
 from widthkit.structure import Dense, structure, structure_hash
 
 
-def save(
+def save_files(
     slim: nn.Module, path: str | Path, *, model: str | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Path, Path]:
-    """Write ``PATH.safetensors`` and ``PATH.json``.
-
-    Args:
-        slim: A network that :func:`widthkit.export` made, trained further or not.
-        path: Where to write; an ending ``.json`` or ``.safetensors`` is dropped.
-        model: Name of the dense model (``torchvision/...``, ``timm/...``, ``package.module:factory``); found by
-            itself for models of torchvision and timm.
-        kwargs: Arguments of the dense model's factory, with ``model``.
+    """Write ``PATH.safetensors`` and ``PATH.json``; see :func:`widthkit.save`.
 
     Returns:
         The two paths, weights first.
 
     Raises:
         SlimFileError: If the dense model's name is not known or does not rebuild this network; nothing is written.
-
-    >>> import tempfile, widthkit as wk
-    >>> slim = wk.export(wk.create_model("torchvision/resnet18", num_classes=10), {"conv1": 16})
-    >>> weights, _ = save(slim, Path(tempfile.mkdtemp()) / "slim")
-    >>> load(weights).conv1.out_channels
-    16
     """
     origin = origin_of(slim)
     if origin is None:
@@ -53,7 +40,7 @@ def save(
     name = _name_of(slim, origin, ModelName(model, dict(kwargs or {})) if model else None)
     tensors = _state(slim)
     blob = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    weights, recipe = _paths(path)
+    weights, recipe = paths_of(path)
     record = {
         "format": 1,
         "widthkit": widthkit.version.__version__,
@@ -91,7 +78,7 @@ def load(path: str | Path, *, allow: Sequence[str] = (), device: str | torch.dev
     Raises:
         SlimFileError: If a file is missing, damaged, of another format version, or does not fit the model.
     """
-    weights, recipe = _paths(path)
+    weights, recipe = paths_of(path)
     record = _read(recipe)
     if ":" in record.model.name and record.model.name not in allow:
         raise SlimFileError(
@@ -200,7 +187,8 @@ def _bytes(path: Path) -> bytes:
         ) from error
 
 
-def _paths(path: str | Path) -> tuple[Path, Path]:
+def paths_of(path: str | Path) -> tuple[Path, Path]:
+    """Return the paths of the weights and of the recipe."""
     base = Path(path)
     if base.suffix in (".json", ".safetensors"):
         base = base.with_suffix("")
