@@ -1,6 +1,7 @@
 """widthkit: make any torchvision or timm model slimmer."""
 
 from widthkit.errors import WidthkitError
+from widthkit.export.backbone import backbone
 from widthkit.export.dense import export
 from widthkit.export.formats import save
 from widthkit.export.save import load
@@ -17,6 +18,7 @@ __all__ = [
     "Supernet",
     "WidthkitError",
     "__version__",
+    "backbone",
     "create_model",
     "export",
     "load",

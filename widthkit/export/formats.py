@@ -16,7 +16,16 @@ from torch.utils._pytree import tree_map_only
 
 from widthkit.clone import real_clone
 from widthkit.errors import ExportError, OptionError, WidthkitError, close_matches
-from widthkit.export.check import Comparison, compare, outputs, refuse_mismatch, resized, usable_inputs
+from widthkit.export.check import (
+    Comparison,
+    compare,
+    outputs,
+    refuse_mismatch,
+    resized,
+    rounding_share,
+    tolerance,
+    usable_inputs,
+)
 from widthkit.export.convert import FORMATS, Prepared
 from widthkit.export.fold import fold_batchnorm
 from widthkit.export.save import load, paths_of, save_files
@@ -189,6 +198,8 @@ class _Job:
         else:
             slim, self.folded = real_clone(slim).eval(), 0
         self.dtype = DTYPES[variant.dtype] if variant.dtype else _dtype(slim)
+        self.rounding = rounding_share(source, self.inputs[n], self.dtype)
+        self.allowed = tolerance(self.dtype, self.rounding)
         self.net = self._cast(slim.to(variant.device))
         self.prepared = Prepared(self.net, self._cast_inputs(self.inputs[n]))
 
@@ -236,7 +247,7 @@ class _Job:
         return file, target.runner(file, self.prepared.device), more
 
     def _compare(self, run: Any, batch: int) -> Comparison:
-        return compare(self.expected[batch], run(self._cast_inputs(self.inputs[batch])), self.dtype, batch)
+        return compare(self.expected[batch], run(self._cast_inputs(self.inputs[batch])), self.allowed, batch)
 
     def _record(self, name: str, file: Path, found: list[Comparison], more: dict[str, Any]) -> dict[str, Any]:
         tensors = [t for t in torch.utils._pytree.tree_leaves(self.prepared.inputs) if isinstance(t, Tensor)]
@@ -252,6 +263,7 @@ class _Job:
             "inputs": [["batch", *t.shape[1:]] for t in tensors],
             **more,
             "compared_with": self.against,
+            "rounding_weights_and_inputs_does": self.rounding,
             "checks": [c.record() for c in found],
             "versions": versions(),
         }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import widthkit.version
 from widthkit.clone import all_names, meta_clone, named_tensors
 from widthkit.errors import ModelError, SlimFileError, WidthsError
+from widthkit.export.info import refresh_feature_info
 from widthkit.export.origin import Origin, origin_of, set_origin
 from widthkit.export.schema import SlimFile, decode_plan, encode_plan
 from widthkit.files import atomic_write
@@ -108,6 +109,7 @@ def _rebuild(name: ModelName, record: SlimFile, recipe: Path) -> nn.Module:
         raise SlimFileError(f"{recipe}: the plan does not fit {name.name}: {' '.join(str(error).split())}") from error
     if structure_hash(structure(slim)) != record.slim_structure:
         raise SlimFileError(f"{recipe}: the plan rebuilds another network than the one that was saved")
+    refresh_feature_info(slim)
     costs = record.macs, record.params, record.dense_macs, record.dense_params
     set_origin(slim, Origin(plan, described, *costs, model=name))
     return slim
