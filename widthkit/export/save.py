@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import widthkit.version
 from widthkit.clone import all_names, meta_clone, named_tensors
 from widthkit.errors import ModelError, SlimFileError, WidthsError
-from widthkit.export.info import refresh_feature_info
-from widthkit.export.origin import Origin, origin_of, set_origin
-from widthkit.export.schema import SlimFile, decode_plan, encode_plan
+from widthkit.export.origin import Origin, origin_of
+from widthkit.export.rebuild import rebuild
+from widthkit.export.schema import SlimFile, checksum, decode_plan, encode_plan
 from widthkit.files import atomic_write
-from widthkit.models import ModelName, candidates, create_model
+from widthkit.models import ModelName, candidates
 from widthkit.plan import apply_plan, check_shapes
 from widthkit.structure import Dense, structure, structure_hash
 
@@ -56,7 +56,8 @@ def save_files(
         "plan": encode_plan(origin.plan),
     }
     try:
-        text = json.dumps(record, indent=1)
+        record = json.loads(json.dumps(record))  # tuples become lists, as they will be when the file is read
+        text = json.dumps({**record, "sha256": checksum(record)}, indent=1)
     except TypeError as error:
         raise SlimFileError(f"the arguments of {name.name} are not plain JSON values: {error}") from error
     atomic_write(weights, blob)
@@ -88,31 +89,8 @@ def load(path: str | Path, *, allow: Sequence[str] = (), device: str | torch.dev
     blob = _bytes(weights)
     if hashlib.sha256(blob).hexdigest() != record.weights_sha256:
         raise SlimFileError(f"{weights} does not belong to {recipe} or is damaged (checksum differs); save it again")
-    name = ModelName(record.model.name, record.model.kwargs)
-    slim = _rebuild(name, record, recipe)
-    _load_state(slim, blob, weights)
+    slim = rebuild(record, _tensors(blob, weights), weights, recipe)
     return slim.to(device).eval()
-
-
-def _rebuild(name: ModelName, record: SlimFile, recipe: Path) -> nn.Module:
-    try:
-        dense = create_model(name.name, **name.kwargs)
-    except ModelError as error:
-        raise SlimFileError(f"{recipe}: {error}") from error
-    described = Dense.of(dense)
-    if structure_hash(described.structure) != record.dense_structure:
-        raise SlimFileError(f"{recipe}: {name.name} has another structure in this version of its library")
-    try:
-        plan = decode_plan(record, {n: tuple(t.shape) for n, t in named_tensors(dense).items()})
-        slim = apply_plan(dense, plan)
-    except (WidthsError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise SlimFileError(f"{recipe}: the plan does not fit {name.name}: {' '.join(str(error).split())}") from error
-    if structure_hash(structure(slim)) != record.slim_structure:
-        raise SlimFileError(f"{recipe}: the plan rebuilds another network than the one that was saved")
-    refresh_feature_info(slim)
-    costs = record.macs, record.params, record.dense_macs, record.dense_params
-    set_origin(slim, Origin(plan, described, *costs, model=name))
-    return slim
 
 
 def _name_of(slim: nn.Module, origin: Origin, given: ModelName | None) -> ModelName:
@@ -157,23 +135,11 @@ def _state(slim: nn.Module) -> dict[str, Tensor]:
     return {name: state[name].detach().cpu().contiguous() for name in firsts}
 
 
-def _load_state(slim: nn.Module, blob: bytes, path: Path) -> None:
+def _tensors(blob: bytes, path: Path) -> dict[str, Tensor]:
     try:
-        tensors = safetensors.torch.load(blob)
+        return safetensors.torch.load(blob)
     except Exception as error:
-        raise SlimFileError(f"{path} is not a safetensors file: {error}") from error
-    state = dict(tensors)
-    for first, names in all_names(slim).items():
-        for alias in names[1:]:
-            if first in tensors:
-                state[alias] = tensors[first]
-    stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    if stored is not None:
-        slim.to(stored)
-    try:
-        slim.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise SlimFileError(f"{path} does not fit its plan: {' '.join(str(error).split())[:200]}") from error
+        raise SlimFileError(f"{path} is not a safetensors file: {' '.join(str(error).split())[:160]}") from error
 
 
 def _read(path: Path) -> SlimFile:
