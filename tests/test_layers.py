@@ -21,7 +21,7 @@ LAYERS = [
     {"supernet"},
     {"search"},
     {"export"},
-    {"timing"},
+    {"timing", "blame"},
     {"pipeline"},
     {"report", "bench", "testing"},
     {"cli"},

@@ -47,7 +47,6 @@ class ModelName:
                 with _EmptyOnMeta():
                     return self.build()
 
-
     def hollow(self) -> nn.Module:
         """Build the model with its weights on the meta device and everything that was computed in place.
 

@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 import widthkit.cli.bench
+import widthkit.cli.deploy
+import widthkit.cli.export
 import widthkit.cli.job
 import widthkit.cli.trace  # noqa: F401
 from widthkit.cli.app import app

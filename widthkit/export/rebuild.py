@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from widthkit.clone import all_names, named_tensors
 from widthkit.errors import ModelError, SlimFileError, WidthsError
@@ -83,24 +82,24 @@ def _refuse_fetching(name: ModelName, recipe: Path) -> None:
 
 def _build(name: ModelName, record: SlimFile, recipe: Path, *, hollow: bool) -> nn.Module:
     try:
-        with _at_most(4 * len(record.plan.shapes) + 1000):
+        with _at_most(4 * len(record.plan.shapes) + 200):
             return name.hollow() if hollow else name.outline()
     except (ModelError, MemoryError, RecursionError, OverflowError) as error:
         raise SlimFileError(f"{recipe}: {_line(error)}") from error
 
 
 @contextmanager
-def _at_most(modules: int) -> Iterator[None]:
-    """Stop a construction that makes more modules than a file with so many tensors can need."""
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stop a construction that makes more parameters than a file with so many tensors can need."""
     count = 0
 
-    def hook(module: nn.Module, name: str, child: Any) -> None:
+    def hook(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal count
         count += 1
-        if count > modules:
-            raise _TooLargeError(f"the model has more than {modules} modules, the file describes fewer")
+        if count > parameters:
+            raise _TooLargeError(f"the model has more than {parameters} parameters, the file describes fewer")
 
-    handle = register_module_module_registration_hook(hook)
+    handle = register_module_parameter_registration_hook(hook)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from widthkit.clone import all_names, meta_clone, named_tensors
 from widthkit.errors import ModelError, SlimFileError, WidthsError
 from widthkit.export.origin import Origin, origin_of
 from widthkit.export.rebuild import rebuild
-from widthkit.export.schema import SlimFile, checksum, decode_plan, encode_plan
+from widthkit.export.schema import SlimFile, checksum, encode_plan
 from widthkit.files import atomic_write
 from widthkit.models import ModelName, candidates
 from widthkit.plan import apply_plan, check_shapes

@@ -110,9 +110,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def decode_plan(
-    record: SlimFile, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
-) -> Plan:
+def decode_plan(record: SlimFile, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> Plan:
     """Turn JSON values into a plan.
 
     Args:

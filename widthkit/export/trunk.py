@@ -19,7 +19,6 @@ from widthkit.errors import ModelError
 from widthkit.export.check import call_arguments, outputs, usable_inputs
 from widthkit.train.modes import training_flags
 
-
 _TO_FIXED_SIZE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 """Pooling to a size that does not depend on the image's belongs to the head."""
 
