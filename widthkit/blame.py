@@ -143,7 +143,7 @@ def _median(pairs: list[Any], repeats: int) -> float:
     """Median over passes; a module that is called several times per pass counts all its calls."""
     times = [a.elapsed_time(b) if hasattr(a, "elapsed_time") else 1000 * (b - a) for a, b in pairs]
     calls = max(1, len(times) // repeats)
-    return statistics.median(sum(times[i : i + calls]) for i in range(0, len(times), calls))
+    return float(statistics.median(sum(times[i : i + calls]) for i in range(0, len(times), calls)))
 
 
 def _work(module: nn.Module, result: Any) -> tuple[int, int]:

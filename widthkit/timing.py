@@ -52,7 +52,7 @@ def _on_cuda(call: Callable[[], object], device: str) -> float:
         call()
         end.record()
         end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
 def forward_latency(

@@ -47,7 +47,7 @@ def run(models: list[str], formats: list[str], dtype: str | None, size: int, dev
 def half(name: str, size: int) -> nn.Module:
     """Return a model at half of every width, its batch norms recalibrated on noise so that outputs are not tiny."""
     torch.manual_seed(0)
-    options = {"img_size": size} if "vit" in name else {}
+    options: dict[str, Any] = {"img_size": size} if "vit" in name else {}
     dense = create_model(name, num_classes=10, **options)
     net = make_supernet(dense, "ua", example_inputs=(1, 3, size, size))
     slim = export(net, {g.name: max(1, g.width // 2) for g in net.space.groups})

@@ -148,7 +148,7 @@ def backbone(
     names = [link.path.replace(".", "_") for link in links[:stop]]
     if len(set(names)) < len(names):
         raise ModelError(f"{type(net).__name__} runs a module twice; such a network cannot become a chain of stages")
-    stages = OrderedDict(zip(names, copied, strict=True))
+    stages = OrderedDict(zip(names, copied.children(), strict=True))
     body = Backbone(stages, [names[ends[i]] for i in chosen], chosen, image, output)
     return body.train(net.training)
 
