@@ -36,6 +36,7 @@ from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
 from widthkit.search.run import make_searcher
 from widthkit.space import uniform_space
+from widthkit.strategy import make_strategy
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.timing import forward_latency
 from widthkit.trace import trace
@@ -257,7 +258,7 @@ class Job:
         graph = trace(model, self.input_shape(data), freeze=config.freeze)
         net = make_supernet(
             model,
-            config.strategy,
+            make_strategy(config.strategy, config.strategy_options).for_budget(config.budget),
             graph=graph,
             k=config.k,
             bins=config.bins,
@@ -265,7 +266,6 @@ class Job:
             max_width=config.max_width,
             divisor=config.divisor,
             seed=config.seed,
-            **config.strategy_options,
         )
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
