@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from widthkit_plugins.dbc_policy import THRESHOLD, Policy, target_macs
 
 from widthkit.errors import OptionError
 from widthkit.graph import IntArray
@@ -15,7 +16,6 @@ from widthkit.space import GroupChoices
 from widthkit.strategy import StepCost, Strategy, train_path
 from widthkit.supernet import Supernet
 from widthkit.train.step import StepContext
-from widthkit_plugins.dbc_policy import THRESHOLD, Policy, target_macs
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class DepthwiseBinary(Strategy):
 
     def chosen(self, net: Supernet) -> dict[str, IntArray]:
         """The policy: its units are at most the target's MACs, and as close below as whole units allow."""
-        return policy_of(net).units()
+        units: dict[str, IntArray] = policy_of(net).units()
+        return units
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
         """Train weights and gates together; at the end of a run the weights of the settled policy alone."""
@@ -92,7 +93,8 @@ class DepthwiseBinary(Strategy):
 
     def end_epoch(self, net: Supernet) -> dict[str, float]:
         """How the policy converges: its MACs (share of the dense model's), open units, and how many have flipped."""
-        return policy_of(net).end_epoch()
+        figures: dict[str, float] = policy_of(net).end_epoch()
+        return figures
 
     def combine(self, scores: Sequence[float]) -> float:
         """The only path's score."""

@@ -79,7 +79,7 @@ class Gates:
             kwargs: The model's keyword arguments.
         """
         factors = torch.cat([gates, gates.new_ones(1)])
-        scaled = {}
+        scaled: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for place in self._places:
                 factor = factors.index_select(0, place.index.to(factors.device))
@@ -140,7 +140,9 @@ class Gates:
                 positions = self.graph.tensors[site.tensor].dims[site.dim]
                 assert positions is not None
                 where = np.where(positions.group == group, positions.rank, -1)
-                found.append(_Gated(site.tensor, site.dim, self._index(Positions(np.where(where < 0, -1, group), where))))
+                found.append(
+                    _Gated(site.tensor, site.dim, self._index(Positions(np.where(where < 0, -1, group), where)))
+                )
         return found
 
     def _index(self, positions: Positions) -> Tensor:

@@ -55,7 +55,9 @@ class JointNet(nn.Module):
         if not networks:
             raise OptionError("a joint network needs the widths of at least one network")
         if net.merges:
-            raise OptionError("networks whose blocks merge cannot be trained jointly; their merged exports share nothing")
+            raise OptionError(
+                "networks whose blocks merge cannot be trained jointly; their merged exports share nothing"
+            )
         self.net, self.distill, self.private_affine = net, distill, private_affine
         self.units = [net.units(widths) for widths in networks]
         plans = [net.plan(units) for units in self.units]
