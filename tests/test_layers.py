@@ -17,7 +17,7 @@ LAYERS = [
     {"budget"},
     {"multiplier"},
     {"train"},
-    {"borrow", "strategy"},
+    {"borrow", "strategy", "importance"},
     {"supernet"},
     {"search"},
     {"export"},

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class RunConfig(BaseModel):
         model: Name of the dense model.
         model_options: Arguments of its factory.
         pretrained: Start the supernet from the library's weights.
+        rank: Order units by this importance before they are shared; for pretrained models.
+        rank_images: Training images for the importance criteria that need gradients.
         data: Data source.
         data_dir: Folder of the data source.
         image_size: Side length that images are resized to; their own, but at least 32, when not given.
@@ -93,6 +95,8 @@ class RunConfig(BaseModel):
     model: str
     model_options: dict[str, Any] = {}
     pretrained: bool = False
+    rank: str | None = None
+    rank_images: int = Field(default=256, ge=1)
     data: str
     data_dir: str | None = None
     image_size: int | None = None
@@ -265,6 +269,8 @@ class Job:
             max_width=config.max_width,
             divisor=config.divisor,
             seed=config.seed,
+            rank=config.rank,
+            rank_data=self._rank_batches(data) if config.rank else None,
             **config.strategy_options,
         )
         make_optimizer(net, self._settings(config.epochs))
@@ -274,6 +280,10 @@ class Job:
             budget.check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
         return net, data
+
+    def _rank_batches(self, data: DataSplits) -> Iterable[Any]:
+        count = min(self.config.rank_images, len(data.train))  # type: ignore[arg-type]
+        return make_loader(Subset(data.train, range(count)), self.config.batch_size, train=False)
 
     def _settings(self, epochs: int) -> Settings:
         options = {name: value for name, value in self.config.training().items() if name != "device"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from widthkit.borrow import Borrower
 from widthkit.errors import OptionError, TraceError, WidthsError
 from widthkit.graph import ChannelGraph, IntArray, Kept
+from widthkit.importance import Scores, arrange, rankings, unit_scores
 from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
 from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
 from widthkit.strategy import Path, Strategy, make_strategy
@@ -35,6 +36,7 @@ class Supernet(nn.Module):
         space: The widths to choose from.
         strategy: Which units stand for a width, and how a step trains.
         seed: Seeds the values of channels that the model does not have yet.
+        scores: Importance of the model's units; the strategy then says where each goes.
 
     Attributes:
         model: The widest network, which holds all weights.
@@ -44,12 +46,21 @@ class Supernet(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, space: SearchSpace, strategy: Strategy, *, seed: int = 0
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        space: SearchSpace,
+        strategy: Strategy,
+        *,
+        seed: int = 0,
+        scores: Scores | None = None,
     ) -> None:
         super().__init__()
         capacities = _capacities(space, strategy)
         plan, self.wide_graph = grow(graph, capacities)
         self.model = apply_plan(model, plan, seed=seed)
+        if scores is not None:
+            arrange(self.model, self.wide_graph, _orders(space, strategy, scores))
         self.training = model.training
         self.dense = Dense.of(model)
         self.graph = graph
@@ -177,6 +188,24 @@ def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
     return capacities
 
 
+def _orders(space: SearchSpace, strategy: Strategy, scores: Scores) -> dict[str, IntArray]:
+    ranked = rankings(scores)
+    orders = {}
+    for choices in space.groups:
+        ranking = ranked.get(choices.name)
+        if ranking is None or len(ranking) != choices.width:
+            raise OptionError(f"rank= needs {choices.width} scores for group '{choices.name}'")
+        order = np.asarray(strategy.order(ranking, choices))
+        capacity = max(strategy.capacity(choices), choices.width)
+        if not choices.width <= len(order) <= capacity or set(order[: choices.width]) != set(range(choices.width)):
+            raise OptionError(
+                f"strategy {type(strategy).__name__}: order() of group '{choices.name}' must name each of its "
+                f"{choices.width} units once, then at most {capacity - choices.width} copies"
+            )
+        orders[choices.name] = order
+    return orders
+
+
 def make_supernet(
     model: nn.Module,
     strategy: str | Strategy = "bc",
@@ -193,6 +222,9 @@ def make_supernet(
     freeze: Sequence[str] = (),
     free_outputs: bool = False,
     seed: int = 0,
+    rank: str | Scores | None = None,
+    rank_data: Iterable[Any] | None = None,
+    rank_loss: Callable[[Any, Any], Tensor] | None = None,
     **options: Any,
 ) -> Supernet:
     """Turn any model into a weight-sharing supernet.
@@ -212,6 +244,11 @@ def make_supernet(
         freeze: Module paths or patterns whose output widths stay.
         free_outputs: Let the model's outputs vary in width.
         seed: Seeds the values of channels that the model does not have yet.
+        rank: For models that are trained already: order units by importance before they are shared, so that narrow
+            networks get the useful ones: a criterion of :func:`widthkit.importance.unit_scores`, or its scores. At
+            full width the output stays what it was.
+        rank_data: Batches ``(inputs, targets)`` for the criteria that need gradients.
+        rank_loss: Their loss; cross entropy by default.
         **options: Options of the strategy.
 
     Returns:
@@ -239,4 +276,5 @@ def make_supernet(
             "fixed": fixed,
         }
         space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
-    return Supernet(model, graph, space, chosen, seed=seed)
+    scores = unit_scores(model, graph, rank, data=rank_data, loss=rank_loss) if isinstance(rank, str) else rank
+    return Supernet(model, graph, space, chosen, seed=seed, scores=scores)

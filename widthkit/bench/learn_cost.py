@@ -65,13 +65,23 @@ def measure(bench: Bench, contenders: Sequence[Contender], repeats: int, again: 
 
 def _plain(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
     net.train()
-    return lambda: (net.zero_grad(), plain_step(net, _context(batch, 0)))
+
+    def step() -> None:
+        net.zero_grad()
+        plain_step(net, _context(batch, 0))
+
+    return step
 
 
 def _step(net: Supernet, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
     net.train()
     index = count()
-    return lambda: (net.zero_grad(), net.train_step(_context(batch, next(index))))
+
+    def step() -> None:
+        net.zero_grad()
+        net.train_step(_context(batch, next(index)))
+
+    return step
 
 
 def _context(batch: tuple[Tensor, Tensor], index: int) -> StepContext:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from widthkit.bench.files import write
 from widthkit.bench.learn import read_json, records
 from widthkit.files import atomic_write
 
 
-def kendall(a: Sequence[float], b: Sequence[float]) -> float | None:
+def kendall(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
     """Kendall's tau-b of two rankings; ``None`` where one of them is constant or there are fewer than two values.
 
     >>> kendall([1, 2, 3], [1, 3, 2])
@@ -22,7 +23,7 @@ def kendall(a: Sequence[float], b: Sequence[float]) -> float | None:
     """
     from scipy.stats import kendalltau
 
-    value = float(kendalltau(a, b).statistic) if len(a) > 1 else math.nan
+    value = float(kendalltau(np.asarray(a), np.asarray(b)).statistic) if np.size(a) > 1 else math.nan
     return None if math.isnan(value) else value
 
 
@@ -41,9 +42,7 @@ def summarise(folder: Path) -> dict[str, Any] | None:
         x, y = np.asarray(values), np.asarray(target)
         return {"tau": kendall(x, y), "tau_equal_macs": kendall(x[equal], y[equal])}
 
-    baselines = [
-        {"ranking": name, **correlate([trained[n][0][name] for n in numbers])} for name in ("macs", "params")
-    ]
+    baselines = [{"ranking": name, **correlate([trained[n][0][name] for n in numbers])} for name in ("macs", "params")]
     if runs.shape[1] > 1:
         # One training against the other: what a perfect predictor of a single training could not beat by much.
         baselines.insert(0, {"ranking": "a second training", **correlate(runs[:, 1].tolist(), runs[:, 0])})
@@ -107,8 +106,8 @@ def markdown(table: dict[str, Any]) -> str:
     lines = [
         f"### {table['model']}",
         "",
-        f"{table['widths_trained']} of {s['n_widths']} width vectors, {table['equal_macs_widths']} of them at nearly equal MACs; "
-        f"each trained alone {s['seeds']} times for {s['epochs']} epochs of {s['train_images']} images, "
+        f"{table['widths_trained']} of {s['n_widths']} width vectors, {table['equal_macs_widths']} of them at nearly "
+        f"equal MACs; each trained alone {s['seeds']} times for {s['epochs']} epochs of {s['train_images']} images, "
         f"supernets for {s['supernet_epochs']}; batch {s['batch_size']}. "
         f"Accuracy {table['accuracy_min']:.1%} to {table['accuracy_max']:.1%}{noise}.",
         "",

@@ -35,9 +35,9 @@ class SmallResNet(nn.Module):
 
 def _basic(inputs: int, outputs: int, stride: int) -> nn.Module:
     if stride == 1 and inputs == outputs:
-        return BasicBlock(inputs, outputs)
+        return BasicBlock(inputs, outputs)  # type: ignore[no-any-return]
     shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    return BasicBlock(inputs, outputs, stride, shortcut)
+    return BasicBlock(inputs, outputs, stride, shortcut)  # type: ignore[no-any-return]
 
 
 def small_resnet(num_classes: int = 10) -> nn.Module:
@@ -46,7 +46,7 @@ def small_resnet(num_classes: int = 10) -> nn.Module:
 
 
 def small_mobilenetv2(num_classes: int = 10) -> nn.Module:
-    """torchvision's MobileNetV2 at 0.25x, with fewer blocks and less downsampling, as 28x28 images need."""
+    """MobileNetV2 of torchvision at 0.25x, with fewer blocks and less downsampling, as 28x28 images need."""
     # Expansion, channels at 1x, blocks, stride; the stem halves the image before.
     layout = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 2], [6, 64, 2, 2], [6, 96, 1, 1]]
     model = MobileNetV2(num_classes, width_mult=0.25, inverted_residual_setting=layout, dropout=0.0)
@@ -55,7 +55,7 @@ def small_mobilenetv2(num_classes: int = 10) -> nn.Module:
     model.features[-1][1] = nn.BatchNorm2d(96)
     model.classifier[1] = nn.Linear(96, num_classes)
     model.last_channel = 96
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 MODELS = {"small-resnet": small_resnet, "small-mobilenetv2": small_mobilenetv2}

@@ -88,16 +88,12 @@ def bench_learn(
     from widthkit.bench.small import MODELS
     from widthkit.strategy import STRATEGIES
 
-    settings = {
-        "data": data,
-        "train_images": train_images,
-        "epochs": epochs,
-        "supernet_epochs": supernet_epochs,
-        "n_widths": widths,
-        "seeds": seeds,
-    }
+    setups = [
+        Setup(model, data, train_images, epochs=epochs, supernet_epochs=supernet_epochs, n_widths=widths, seeds=seeds)
+        for model in models or MODELS
+    ]
     run(
-        [Setup(model, **settings) for model in models or MODELS],
+        setups,
         [Contender.read(text) for text in strategies or STRATEGIES.names()],
         data_dir,
         out,
