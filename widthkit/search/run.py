@@ -21,6 +21,7 @@ from widthkit.errors import BudgetError, ModelError, OptionError
 from widthkit.graph import ChannelGraph
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
 from widthkit.search.journal import Journal
+from widthkit.search.providers import Offer, provided
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.supernet import Supernet
@@ -72,8 +73,8 @@ def search(
     limit = parse_budget(budget, net.graph)
     limit.check(net.space)
     rng = np.random.default_rng(seed)
-    engine = make_searcher(searcher, net, limit, rng, options)
     criterion = loss or cross_entropy()
+    engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
     judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
     journal = Journal(
@@ -89,9 +90,14 @@ def search(
 
 
 def make_searcher(
-    name: str, net: Supernet, budget: Budget, rng: np.random.Generator, options: Mapping[str, Any]
+    name: str,
+    net: Supernet,
+    budget: Budget,
+    rng: np.random.Generator,
+    options: Mapping[str, Any],
+    offer: Offer | None = None,
 ) -> Searcher:
-    """Build a registered searcher for a supernet's space.
+    """Build a registered searcher for a supernet's space, with what it asks for of an offer.
 
     Raises:
         PluginError: If no searcher has that name.
@@ -105,7 +111,7 @@ def make_searcher(
         shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
         raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
     try:
-        return cls(net.space, budget, rng, **options)
+        return cls(net.space, budget, rng, **options, **provided(cls, offer or Offer(net), options))
     except (TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
