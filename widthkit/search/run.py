@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from widthkit.budget import Budget, parse_budget, show_count
 from widthkit.errors import BudgetError, ModelError, OptionError
-from widthkit.graph import ChannelGraph
+from widthkit.graph import ChannelGraph, IntArray
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
 from widthkit.search.journal import Journal
 from widthkit.search.providers import Offer, provided
@@ -54,7 +54,8 @@ def search(
         net: A trained supernet.
         loader: Held-out batches ``(inputs, targets)``.
         budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, or several.
-        searcher: Name of a registered searcher.
+        searcher: Name of a registered searcher. A supernet whose strategy chooses widths in training needs none: its
+            widths are judged once and returned, and ``settings["units"]`` names the units.
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
         seed: Seeds the searcher.
         batch_size: Examples per forward pass; batch statistics want many.
@@ -66,7 +67,7 @@ def search(
         **options: Options of the searcher.
 
     Raises:
-        BudgetError: If even the narrowest network exceeds the budget.
+        BudgetError: If even the narrowest network exceeds the budget, or the widths that training chose do.
         CheckpointError: If ``resume`` finds a journal of another search.
         ModelError: If no network inside the budget got a finite score.
     """
@@ -74,9 +75,17 @@ def search(
     limit.check(net.space)
     rng = np.random.default_rng(seed)
     criterion = loss or cross_entropy()
+    chosen = net.chosen()
+    if chosen is not None:
+        check_chosen(net, limit, chosen)
     engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
     judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
+    if chosen is not None:
+        result = _policy_result(net, limit, judge, chosen, settings)
+        if out is not None:
+            result.save(Path(out) / "search.json")
+        return result
     journal = Journal(
         Path(out) / "search-journal.jsonl" if out is not None else None, _identity(net, judge, criterion, settings)
     )
@@ -161,6 +170,34 @@ def run_loop(
     return trials
 
 
+def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) -> None:
+    """Refuse a budget that the widths chosen in training exceed.
+
+    Raises:
+        BudgetError: If so.
+    """
+    widths = {name: len(units) for name, units in chosen.items()}
+    if not budget.fits(net.graph, widths):
+        macs, params = net.graph.macs(widths), net.graph.params(widths)
+        raise BudgetError(
+            f"training chose widths of {show_count(macs)} MACs and {show_count(params)} params, which exceeds the "
+            f"budget {budget}; train again for this budget"
+        )
+
+
+def _policy_result(
+    net: Supernet, budget: Budget, judge: Judge, chosen: Mapping[str, IntArray], settings: dict[str, Any]
+) -> SearchResult:
+    """Report what training chose, judged once; there is nothing to search."""
+    widths = {name: len(units) for name, units in chosen.items()}
+    found = judge(widths)
+    macs, params = net.graph.macs(widths), net.graph.params(widths)
+    trial = Trial(widths, found.score, found.loss, found.accuracy, macs, params)
+    result = _result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
+    result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
+    return result
+
+
 def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[str, Any]) -> SearchResult:
     inside = [t for t in trials if budget.fits(net.graph, t.widths)]
     if not inside:
@@ -193,7 +230,7 @@ def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
     digest.update(repr([(g.name, g.options) for g in net.space.groups]).encode())
     digest.update(repr((net.strategy, getattr(loss, "__qualname__", type(loss).__qualname__))).encode())
-    for name, tensor in net.model.state_dict().items():
+    for name, tensor in net.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     for inputs, targets, n in judge.batches:
