@@ -10,7 +10,7 @@ LAYERS = [
     {"errors", "version"},
     {"files", "registry"},
     {"cost", "structure", "clone"},
-    {"graph"},
+    {"graph", "expectation"},
     {"plan"},
     {"trace"},
     {"models", "space"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
 from widthkit.strategy import Path, Strategy, make_strategy
 from widthkit.structure import Dense
 from widthkit.trace import trace
+from widthkit.train.history import WidthHistory
 from widthkit.train.modes import call_model
 from widthkit.train.step import StepContext
 
@@ -41,6 +43,7 @@ class Supernet(nn.Module):
         graph: The channel graph of the model as it was given; it prices all widths.
         space: The search space.
         strategy: The sharing strategy.
+        width_history: The width vectors with the least training loss.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Supernet(nn.Module):
         self.space = space
         self.strategy = strategy
         self.seed = seed
+        self.width_history = WidthHistory(graph.group_names, partial(_one_loss, strategy, space))
         self._choices = {g.name: g for g in space.groups}
         self._borrower = Borrower(self.model)
         self._prepared: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
@@ -126,7 +130,9 @@ class Supernet(nn.Module):
     def forward_on(self, units: Path, step: StepContext) -> Any:
         """Run one sub-network on a training batch, under the step's precision."""
         with self._borrower.lend(self._prepare(units)), step.amp():
-            return call_model(self.model, step.inputs)
+            outputs = call_model(self.model, step.inputs)
+        self.width_history.ran(units, outputs)
+        return outputs
 
     def run(self, units: Path, inputs: Any) -> Any:
         """Run one sub-network on inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
@@ -135,7 +141,8 @@ class Supernet(nn.Module):
 
     def train_step(self, step: StepContext) -> Tensor:
         """Let the strategy train one batch; returns the loss to show."""
-        return self.strategy.train_step(self, step)
+        with self.width_history.watch(step):
+            return self.strategy.train_step(self, step)
 
     def rng(self, step: StepContext) -> np.random.Generator:
         """Return the generator of a step, seeded from the step's own so that processes draw differently."""
@@ -162,6 +169,14 @@ class Supernet(nn.Module):
     def extra_repr(self) -> str:
         """Show strategy and space."""
         return f"strategy={self.strategy}, groups={len(self._choices)}, space={self.space.size:.3g}"
+
+
+def _one_loss(strategy: Strategy, space: SearchSpace, widths: Mapping[str, int], losses: list[float]) -> float:
+    """Turn the training losses of a width vector's paths into one, as the strategy does with scores."""
+    first = space.groups[0]
+    if len(losses) > 1 and len(losses) == len(strategy.paths(widths[first.name], first)):
+        return -strategy.combine([-loss for loss in losses])
+    return sum(losses) / len(losses)
 
 
 def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:

@@ -82,6 +82,7 @@ def search(
     known = journal.read() if resume else {}
     with _show(progress) as shown:
         trials = run_loop(engine, net.graph, judge, journal, known, [f for f in (shown, on_trial) if f])
+    settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
     result = _result(net, limit, trials, settings)
     if out is not None:
         result.save(Path(out) / "search.json")
@@ -93,6 +94,8 @@ def make_searcher(
 ) -> Searcher:
     """Build a registered searcher for a supernet's space.
 
+    One that has a parameter ``history`` gets the widths that trained best, with their losses.
+
     Raises:
         PluginError: If no searcher has that name.
         OptionError: If it does not take one of the options, or not with that value.
@@ -100,15 +103,22 @@ def make_searcher(
     cls = SEARCHERS.get(name)
     parameters = inspect.signature(cls).parameters
     accepted = [p for p in parameters if p not in ("space", "budget", "rng")]
+    given = history_of(name, net)
     unknown = sorted(set(options) - set(accepted))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
         raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
     try:
-        return cls(net.space, budget, rng, **options)
+        return cls(net.space, budget, rng, **{**given, **options})
     except (TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
+
+
+def history_of(name: str, net: Supernet) -> dict[str, Any]:
+    """Return the widths that trained best as an option, for a searcher that has a parameter ``history``."""
+    wanted = "history" in inspect.signature(SEARCHERS.get(name)).parameters
+    return {"history": net.width_history.records} if wanted else {}
 
 
 def run_loop(
@@ -178,7 +188,11 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
         settings["seed"],
         full,
         trials,
-        {"options": settings["options"], "strategy": repr(net.strategy), "space_size": str(net.space.size)},
+        {
+            **{name: value for name, value in settings.items() if name in ("options", "history")},
+            "strategy": repr(net.strategy),
+            "space_size": str(net.space.size),
+        },
     )
 
 
@@ -186,6 +200,7 @@ def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str
     """Hash what judgements depend on: settings, space, weights, criterion and held-out data."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
     digest.update(repr([(g.name, g.options) for g in net.space.groups]).encode())
+    digest.update(repr(history_of(settings["searcher"], net)).encode())
     digest.update(repr((net.strategy, getattr(loss, "__qualname__", type(loss).__qualname__))).encode())
     for name, tensor in net.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
