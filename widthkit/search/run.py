@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 from widthkit.budget import Budget, parse_budget, show_count
 from widthkit.errors import BudgetError, ModelError, OptionError
 from widthkit.graph import ChannelGraph
+from widthkit.search.band import BAND
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
+from widthkit.search.fill import best_inside, filler, remark
 from widthkit.search.journal import Journal
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.searcher import SEARCHERS, Searcher
@@ -47,7 +49,7 @@ def search(
     on_trial: Callable[[Trial, float], None] | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Find the best widths under a budget.
+    """Find the best widths under a budget, among those that use more than 97% of it where the space has any.
 
     Args:
         net: A trained supernet.
@@ -81,9 +83,15 @@ def search(
     )
     known = journal.read() if resume else {}
     with _show(progress) as shown:
-        trials = run_loop(engine, net.graph, judge, journal, known, [f for f in (shown, on_trial) if f])
+        watchers = [f for f in (shown, on_trial) if f]
+        trials = run_loop(engine, net.graph, judge, journal, known, watchers)
+        rest = filler(net.space, limit, trials, seed)
+        if rest is not None:
+            trials += run_loop(rest, net.graph, judge, journal, known, watchers)
     settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
     result = _result(net, limit, trials, settings)
+    if (why := remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)) is not None:
+        result.settings["remark"] = why
     if out is not None:
         result.save(Path(out) / "search.json")
     return result
@@ -169,13 +177,12 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
     inside = [t for t in trials if budget.fits(net.graph, t.widths)]
     if not inside:
         raise BudgetError(f"no judged network was inside the budget {budget}; the searcher proposed {len(trials)}")
-    finite = [t for t in inside if math.isfinite(t.score)]
-    if not finite:
+    best = best_inside(net.space, budget, inside, BAND) or best_inside(net.space, budget, inside)
+    if best is None:
         raise ModelError(
             f"none of the {len(inside)} networks inside the budget has a finite loss; the supernet diverged or the "
             "held-out data holds NaN"
         )
-    best = max(finite, key=lambda t: (t.score, -t.macs))
     full = {"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()}
     return SearchResult(
         best.widths,
@@ -230,4 +237,5 @@ def describe(result: SearchResult) -> str:
     return (
         f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
         f"{accuracy}, {len(result.trials)} networks judged"
+        + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
     )
