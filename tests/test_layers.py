@@ -11,7 +11,7 @@ LAYERS = [
     {"files", "registry"},
     {"cost", "structure", "clone"},
     {"reparam", "blocks"},
-    {"graph"},
+    {"graph", "expectation"},
     {"plan"},
     {"trace"},
     {"models", "space"},

@@ -2,7 +2,7 @@
 
 ========================  =============================================================
 ``run.json``              what was asked for
-``supernet/``             checkpoint of the supernet's training
+``supernet/``             checkpoint of the supernet's training, and the widths that trained best
 ``search.json``           widths, score, history
 ``final/``                checkpoints of the final trainings
 ``slim.safetensors``      the slim network, with ``slim.json``
@@ -357,6 +357,8 @@ class Job:
             progress=self.progress,
             **c.training(),
         )
+        records = [{"widths": widths, "loss": loss} for widths, loss in net.width_history.records]
+        atomic_json(self.folder.path / "supernet" / "widths.json", {"format": 1, "least_loss_first": records})
         self.say(f"supernet: trained {result.epochs} epochs, loss {result.loss:.4f}")
 
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
 from widthkit.strategy import Path, Strategy, make_strategy
 from widthkit.structure import Dense
 from widthkit.trace import trace
+from widthkit.train.history import WidthHistory
 from widthkit.train.modes import as_arguments, model_device
 from widthkit.train.step import StepContext
 
@@ -49,6 +51,7 @@ class Supernet(nn.Module):
         space: The search space.
         strategy: The sharing strategy.
         policy: What the strategy learns beside the weights, or ``None``.
+        width_history: The width vectors with the least training loss.
     """
 
     def __init__(
@@ -65,10 +68,8 @@ class Supernet(nn.Module):
         super().__init__()
         capacities = _capacities(space, strategy)
         plan, self.wide_graph = grow(graph, capacities)
-        self.model = apply_plan(model, plan, seed=seed)
-        if scores is not None:
-            arrange(self.model, self.wide_graph, _orders(space, strategy, scores))
-        self.training = model.training
+        if branched is not None and scores is not None:
+            raise OptionError("a network that merges cannot be ranked yet; leave out rank= or merges=True")
         if branched is not None and plan.grows:
             raise OptionError(
                 f"a network that merges cannot grow, and {strategy} asks for more units than it has; "
@@ -76,6 +77,8 @@ class Supernet(nn.Module):
             )
         self.merges = branched is not None
         self.model = apply_plan(model, plan, seed=seed) if branched is None else real_clone(branched)
+        if scores is not None:
+            arrange(self.model, self.wide_graph, _orders(space, strategy, scores))
         self._gates = Gates(self.model, self.wide_graph, model) if branched is not None else None
         self.training = self.model.training
         self.dense = Dense.of(model)
@@ -83,6 +86,7 @@ class Supernet(nn.Module):
         self.space = space
         self.strategy = strategy
         self.seed = seed
+        self.width_history = WidthHistory(graph.group_names, partial(_one_loss, strategy, space))
         self._choices = {g.name: g for g in space.groups}
         self._borrower = Borrower(self.model)
         self._prepared: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
@@ -150,7 +154,9 @@ class Supernet(nn.Module):
     def forward_on(self, units: Path, step: StepContext) -> Any:
         """Run one sub-network on a training batch, under the step's precision."""
         with step.amp():
-            return self.run(units, step.inputs)
+            outputs = self.run(units, step.inputs)
+        self.width_history.ran(units, outputs)
+        return outputs
 
     def forward_gated(self, gates: Tensor, step: StepContext) -> Any:
         """Run the whole network on a training batch, every unit scaled by its gate where it is read.
@@ -189,7 +195,8 @@ class Supernet(nn.Module):
 
     def train_step(self, step: StepContext) -> Tensor:
         """Let the strategy train one batch; returns the loss to show."""
-        return self.strategy.train_step(self, step)
+        with self.width_history.watch(step):
+            return self.strategy.train_step(self, step)
 
     def end_epoch(self) -> dict[str, float]:
         """Return the strategy's figures of the epoch that has just ended."""
@@ -224,6 +231,14 @@ class Supernet(nn.Module):
     def extra_repr(self) -> str:
         """Show strategy and space."""
         return f"strategy={self.strategy}, groups={len(self._choices)}, space={self.space.size:.3g}"
+
+
+def _one_loss(strategy: Strategy, space: SearchSpace, widths: Mapping[str, int], losses: list[float]) -> float:
+    """Turn the training losses of a width vector's paths into one, as the strategy does with scores."""
+    first = space.groups[0]
+    if len(losses) > 1 and len(losses) == len(strategy.paths(widths[first.name], first)):
+        return -strategy.combine([-loss for loss in losses])
+    return sum(losses) / len(losses)
 
 
 def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
@@ -332,5 +347,4 @@ def make_supernet(
         }
         space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
     scores = unit_scores(model, graph, rank, data=rank_data, loss=rank_loss) if isinstance(rank, str) else rank
-    return Supernet(model, graph, space, chosen, seed=seed, scores=scores)
-    return Supernet(model, graph, space, chosen, seed=seed, branched=branched)
+    return Supernet(model, graph, space, chosen, seed=seed, scores=scores, branched=branched)
