@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,18 @@ class Supernet(nn.Module):
         """Run one sub-network on inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
         with self._borrower.lend(self._prepare(units)):
             return call_model(self.model, inputs)
+
+    def prepare(self, units: Path) -> Any:
+        """Prepare a sub-network for :meth:`lend`."""
+        return self._prepare(units)
+
+    def lend(self, prepared: Any) -> AbstractContextManager[nn.Module]:
+        """Hold a prepared sub-network's tensors in the model."""
+        return self._borrower.lend(prepared)
+
+    def replaced(self, new: Callable[[str, nn.Module, Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Hold other tensors in the model: ``new(name, module, tensor)`` for every one."""
+        return self._borrower.replaced(new)
 
     def train_step(self, step: StepContext) -> Tensor:
         """Let the strategy train one batch; returns the loss to show."""
