@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -192,6 +193,18 @@ class Supernet(nn.Module):
             parts.append(torch.zeros(width))
             parts[-1][torch.from_numpy(units[name])] = 1
         return torch.cat(parts).to(model_device(self.model))
+
+    def prepare(self, units: Path) -> Any:
+        """Prepare a sub-network for :meth:`lend`."""
+        return self._prepare(units)
+
+    def lend(self, prepared: Any) -> AbstractContextManager[nn.Module]:
+        """Hold a prepared sub-network's tensors in the model."""
+        return self._borrower.lend(prepared)
+
+    def replaced(self, new: Callable[[str, nn.Module, Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Hold other tensors in the model: ``new(name, module, tensor)`` for every one."""
+        return self._borrower.replaced(new)
 
     def train_step(self, step: StepContext) -> Tensor:
         """Let the strategy train one batch; returns the loss to show."""
