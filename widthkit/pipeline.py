@@ -2,7 +2,7 @@
 
 ========================  =============================================================
 ``run.json``              what was asked for
-``supernet/``             checkpoint of the supernet's training
+``supernet/``             checkpoint of the supernet's training, and the widths that trained best
 ``search.json``           widths, score, history
 ``final/``                checkpoints of the final trainings
 ``slim.safetensors``      the slim network, with ``slim.json``
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class RunConfig(BaseModel):
         model: Name of the dense model.
         model_options: Arguments of its factory.
         pretrained: Start the supernet from the library's weights.
+        rank: Order units by this importance before they are shared; for pretrained models.
+        rank_images: Training images for the importance criteria that need gradients.
         data: Data source.
         data_dir: Folder of the data source.
         image_size: Side length that images are resized to; their own, but at least 32, when not given.
@@ -94,6 +96,8 @@ class RunConfig(BaseModel):
     model: str
     model_options: dict[str, Any] = {}
     pretrained: bool = False
+    rank: str | None = None
+    rank_images: int = Field(default=256, ge=1)
     data: str
     data_dir: str | None = None
     image_size: int | None = None
@@ -266,6 +270,8 @@ class Job:
             max_width=config.max_width,
             divisor=config.divisor,
             seed=config.seed,
+            rank=config.rank,
+            rank_data=self._rank_batches(data) if config.rank else None,
         )
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
@@ -274,6 +280,10 @@ class Job:
             budget.check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
         return net, data
+
+    def _rank_batches(self, data: DataSplits) -> Iterable[Any]:
+        count = min(self.config.rank_images, len(data.train))  # type: ignore[arg-type]
+        return make_loader(Subset(data.train, range(count)), self.config.batch_size, train=False)
 
     def _settings(self, epochs: int) -> Settings:
         options = {name: value for name, value in self.config.training().items() if name != "device"}
@@ -347,6 +357,8 @@ class Job:
             progress=self.progress,
             **c.training(),
         )
+        records = [{"widths": widths, "loss": loss} for widths, loss in net.width_history.records]
+        atomic_json(self.folder.path / "supernet" / "widths.json", {"format": 1, "least_loss_first": records})
         self.say(f"supernet: trained {result.epochs} epochs, loss {result.loss:.4f}")
 
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:

@@ -58,6 +58,20 @@ class Strategy(ABC):
     def cost(self) -> StepCost:
         """Forwards and backwards of one training step."""
 
+    def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
+        """Where the units of a trained model go when their importance is known; the most important come first here.
+
+        Args:
+            ranking: ``[width]``; the model's units, the most important first.
+            choices: The group.
+
+        Returns:
+            The unit that comes to each place of the supernet. The first ``choices.width`` places hold every unit
+            once; places after them, up to the capacity, start as copies of the units named there, or fresh when the
+            array ends before them.
+        """
+        return ranking
+
     # What follows has a default that suits most strategies.
 
     def attach(self, net: Supernet) -> nn.Module | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,14 @@ from widthkit.clone import real_clone
 from widthkit.errors import OptionError, TraceError, WidthsError
 from widthkit.gates import Gates
 from widthkit.graph import ChannelGraph, IntArray, Kept
+from widthkit.importance import Scores, arrange, rankings, unit_scores
 from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
 from widthkit.reparam import merge
 from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
 from widthkit.strategy import Path, Strategy, make_strategy
 from widthkit.structure import Dense
 from widthkit.trace import trace
+from widthkit.train.history import WidthHistory
 from widthkit.train.modes import as_arguments, model_device
 from widthkit.train.step import StepContext
 
@@ -38,6 +42,7 @@ class Supernet(nn.Module):
         space: The widths to choose from.
         strategy: Which units stand for a width, and how a step trains.
         seed: Seeds the values of channels that the model does not have yet.
+        scores: Importance of the model's units; the strategy then says where each goes.
         branched: The network to train, whose blocks merge to ``model``. Its sub-networks are the whole network with
             the units that they lack taken away where they are read.
 
@@ -47,6 +52,7 @@ class Supernet(nn.Module):
         space: The search space.
         strategy: The sharing strategy.
         policy: What the strategy learns beside the weights, or ``None``.
+        width_history: The width vectors with the least training loss.
     """
 
     def __init__(
@@ -57,11 +63,14 @@ class Supernet(nn.Module):
         strategy: Strategy,
         *,
         seed: int = 0,
+        scores: Scores | None = None,
         branched: nn.Module | None = None,
     ) -> None:
         super().__init__()
         capacities = _capacities(space, strategy)
         plan, self.wide_graph = grow(graph, capacities)
+        if branched is not None and scores is not None:
+            raise OptionError("a network that merges cannot be ranked yet; leave out rank= or merges=True")
         if branched is not None and plan.grows:
             raise OptionError(
                 f"a network that merges cannot grow, and {strategy} asks for more units than it has; "
@@ -69,6 +78,8 @@ class Supernet(nn.Module):
             )
         self.merges = branched is not None
         self.model = apply_plan(model, plan, seed=seed) if branched is None else real_clone(branched)
+        if scores is not None:
+            arrange(self.model, self.wide_graph, _orders(space, strategy, scores))
         self._gates = Gates(self.model, self.wide_graph, model) if branched is not None else None
         self.training = self.model.training
         self.dense = Dense.of(model)
@@ -76,6 +87,7 @@ class Supernet(nn.Module):
         self.space = space
         self.strategy = strategy
         self.seed = seed
+        self.width_history = WidthHistory(graph.group_names, partial(_one_loss, strategy, space))
         self._choices = {g.name: g for g in space.groups}
         self._borrower = Borrower(self.model)
         self._prepared: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
@@ -143,7 +155,9 @@ class Supernet(nn.Module):
     def forward_on(self, units: Path, step: StepContext) -> Any:
         """Run one sub-network on a training batch, under the step's precision."""
         with step.amp():
-            return self.run(units, step.inputs)
+            outputs = self.run(units, step.inputs)
+        self.width_history.ran(units, outputs)
+        return outputs
 
     def forward_gated(self, gates: Tensor, step: StepContext) -> Any:
         """Run the whole network on a training batch, every unit scaled by its gate where it is read.
@@ -180,9 +194,22 @@ class Supernet(nn.Module):
             parts[-1][torch.from_numpy(units[name])] = 1
         return torch.cat(parts).to(model_device(self.model))
 
+    def prepare(self, units: Path) -> Any:
+        """Prepare a sub-network for :meth:`lend`."""
+        return self._prepare(units)
+
+    def lend(self, prepared: Any) -> AbstractContextManager[nn.Module]:
+        """Hold a prepared sub-network's tensors in the model."""
+        return self._borrower.lend(prepared)
+
+    def replaced(self, new: Callable[[str, nn.Module, Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Hold other tensors in the model: ``new(name, module, tensor)`` for every one."""
+        return self._borrower.replaced(new)
+
     def train_step(self, step: StepContext) -> Tensor:
         """Let the strategy train one batch; returns the loss to show."""
-        return self.strategy.train_step(self, step)
+        with self.width_history.watch(step):
+            return self.strategy.train_step(self, step)
 
     def end_epoch(self) -> dict[str, float]:
         """Return the strategy's figures of the epoch that has just ended."""
@@ -219,6 +246,14 @@ class Supernet(nn.Module):
         return f"strategy={self.strategy}, groups={len(self._choices)}, space={self.space.size:.3g}"
 
 
+def _one_loss(strategy: Strategy, space: SearchSpace, widths: Mapping[str, int], losses: list[float]) -> float:
+    """Turn the training losses of a width vector's paths into one, as the strategy does with scores."""
+    first = space.groups[0]
+    if len(losses) > 1 and len(losses) == len(strategy.paths(widths[first.name], first)):
+        return -strategy.combine([-loss for loss in losses])
+    return sum(losses) / len(losses)
+
+
 def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
     capacities = {}
     for choices in space.groups:
@@ -230,6 +265,24 @@ def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
             )
         capacities[choices.name] = max(capacity, choices.width)
     return capacities
+
+
+def _orders(space: SearchSpace, strategy: Strategy, scores: Scores) -> dict[str, IntArray]:
+    ranked = rankings(scores)
+    orders = {}
+    for choices in space.groups:
+        ranking = ranked.get(choices.name)
+        if ranking is None or len(ranking) != choices.width:
+            raise OptionError(f"rank= needs {choices.width} scores for group '{choices.name}'")
+        order = np.asarray(strategy.order(ranking, choices))
+        capacity = max(strategy.capacity(choices), choices.width)
+        if not choices.width <= len(order) <= capacity or set(order[: choices.width]) != set(range(choices.width)):
+            raise OptionError(
+                f"strategy {type(strategy).__name__}: order() of group '{choices.name}' must name each of its "
+                f"{choices.width} units once, then at most {capacity - choices.width} copies"
+            )
+        orders[choices.name] = order
+    return orders
 
 
 def make_supernet(
@@ -248,6 +301,9 @@ def make_supernet(
     freeze: Sequence[str] = (),
     free_outputs: bool = False,
     seed: int = 0,
+    rank: str | Scores | None = None,
+    rank_data: Iterable[Any] | None = None,
+    rank_loss: Callable[[Any, Any], Tensor] | None = None,
     merges: bool = False,
     **options: Any,
 ) -> Supernet:
@@ -268,6 +324,11 @@ def make_supernet(
         freeze: Module paths or patterns whose output widths stay.
         free_outputs: Let the model's outputs vary in width.
         seed: Seeds the values of channels that the model does not have yet.
+        rank: For models that are trained already: order units by importance before they are shared, so that narrow
+            networks get the useful ones: a criterion of :func:`widthkit.importance.unit_scores`, or its scores. At
+            full width the output stays what it was.
+        rank_data: Batches ``(inputs, targets)`` for the criteria that need gradients.
+        rank_loss: Their loss; cross entropy by default.
         merges: The model has blocks that merge (RepVGG, MobileOne, :mod:`widthkit.blocks`, your own): train the
             branches, but take widths from the merged network, where every layer is free; exports are merged.
         **options: Options of the strategy.
@@ -298,4 +359,5 @@ def make_supernet(
             "fixed": fixed,
         }
         space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
-    return Supernet(model, graph, space, chosen, seed=seed, branched=branched)
+    scores = unit_scores(model, graph, rank, data=rank_data, loss=rank_loss) if isinstance(rank, str) else rank
+    return Supernet(model, graph, space, chosen, seed=seed, scores=scores, branched=branched)

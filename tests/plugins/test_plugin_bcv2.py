@@ -8,7 +8,7 @@ from widthkit_plugins.bc import BilaterallyCoupled
 from widthkit_plugins.bcv2 import BilaterallyCoupledV2
 from widthkit_plugins.ua import UniversallyAligned
 
-from widthkit.bench.memory import count_saved, one_backward
+from widthkit.bench.activations import count_saved, one_backward
 from widthkit.errors import OptionError
 from widthkit.space import GroupChoices, SearchSpace
 from widthkit.supernet import make_supernet

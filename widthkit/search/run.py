@@ -19,8 +19,11 @@ from torch.utils._pytree import tree_leaves
 from widthkit.budget import Budget, parse_budget, show_count
 from widthkit.errors import BudgetError, ModelError, OptionError
 from widthkit.graph import ChannelGraph, IntArray
+from widthkit.search.band import BAND
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
+from widthkit.search.fill import best_inside, filler, remark
 from widthkit.search.journal import Journal
+from widthkit.search.providers import Offer, provided
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.supernet import Supernet
@@ -47,7 +50,7 @@ def search(
     on_trial: Callable[[Trial, float], None] | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Find the best widths under a budget.
+    """Find the best widths under a budget, among those that use more than 97% of it where the space has any.
 
     Args:
         net: A trained supernet.
@@ -73,11 +76,11 @@ def search(
     limit = parse_budget(budget, net.graph)
     limit.check(net.space)
     rng = np.random.default_rng(seed)
-    engine = make_searcher(searcher, net, limit, rng, options)
     criterion = loss or cross_entropy()
     chosen = net.chosen()
     if chosen is not None:
         check_chosen(net, limit, chosen)
+    engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
     judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
     if chosen is not None:
@@ -90,17 +93,29 @@ def search(
     )
     known = journal.read() if resume else {}
     with _show(progress) as shown:
-        trials = run_loop(engine, net.graph, judge, journal, known, [f for f in (shown, on_trial) if f])
+        watchers = [f for f in (shown, on_trial) if f]
+        trials = run_loop(engine, net.graph, judge, journal, known, watchers)
+        rest = filler(net.space, limit, trials, seed)
+        if rest is not None:
+            trials += run_loop(rest, net.graph, judge, journal, known, watchers)
+    settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
     result = _result(net, limit, trials, settings)
+    if (why := remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)) is not None:
+        result.settings["remark"] = why
     if out is not None:
         result.save(Path(out) / "search.json")
     return result
 
 
 def make_searcher(
-    name: str, net: Supernet, budget: Budget, rng: np.random.Generator, options: Mapping[str, Any]
+    name: str,
+    net: Supernet,
+    budget: Budget,
+    rng: np.random.Generator,
+    options: Mapping[str, Any],
+    offer: Offer | None = None,
 ) -> Searcher:
-    """Build a registered searcher for a supernet's space.
+    """Build a registered searcher for a supernet's space, with what it asks for of an offer.
 
     Raises:
         PluginError: If no searcher has that name.
@@ -114,10 +129,16 @@ def make_searcher(
         shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
         raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
     try:
-        return cls(net.space, budget, rng, **options)
+        return cls(net.space, budget, rng, **options, **provided(cls, offer or Offer(net), options))
     except (TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
+
+
+def history_of(name: str, net: Supernet) -> dict[str, Any]:
+    """Return the widths that trained best, if a searcher asks for them: its result then depends on them."""
+    wanted = "history" in inspect.signature(SEARCHERS.get(name)).parameters
+    return {"history": net.width_history.records} if wanted else {}
 
 
 def run_loop(
@@ -196,13 +217,12 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
     inside = [t for t in trials if budget.fits(net.graph, t.widths)]
     if not inside:
         raise BudgetError(f"no judged network was inside the budget {budget}; the searcher proposed {len(trials)}")
-    finite = [t for t in inside if math.isfinite(t.score)]
-    if not finite:
+    best = best_inside(net.space, budget, inside, BAND) or best_inside(net.space, budget, inside)
+    if best is None:
         raise ModelError(
             f"none of the {len(inside)} networks inside the budget has a finite loss; the supernet diverged or the "
             "held-out data holds NaN"
         )
-    best = max(finite, key=lambda t: (t.score, -t.macs))
     full = {"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()}
     return SearchResult(
         best.widths,
@@ -215,7 +235,11 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
         settings["seed"],
         full,
         trials,
-        {"options": settings["options"], "strategy": repr(net.strategy), "space_size": str(net.space.size)},
+        {
+            **{name: value for name, value in settings.items() if name in ("options", "history")},
+            "strategy": repr(net.strategy),
+            "space_size": str(net.space.size),
+        },
     )
 
 
@@ -223,6 +247,7 @@ def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str
     """Hash what judgements depend on: settings, space, weights, criterion and held-out data."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
     digest.update(repr([(g.name, g.options) for g in net.space.groups]).encode())
+    digest.update(repr(history_of(settings["searcher"], net)).encode())
     digest.update(repr((net.strategy, getattr(loss, "__qualname__", type(loss).__qualname__))).encode())
     for name, tensor in net.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -252,4 +277,5 @@ def describe(result: SearchResult) -> str:
     return (
         f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
         f"{accuracy}, {len(result.trials)} networks judged"
+        + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
     )
