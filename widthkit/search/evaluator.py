@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from widthkit.train.calibrate import batch_statistics
 from widthkit.train.losses import accuracy
 from widthkit.train.modes import batch_size as count_samples
 from widthkit.train.modes import checked_device, model_device
+from widthkit.train.rng import seeded
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -47,6 +49,8 @@ class Evaluator:
         loss: The criterion.
         batch_size: Examples per forward pass; batch statistics want many (2,048 in the papers).
         device: Where to run; the supernet moves there. Its own device by default.
+        training: Run in training mode, for models that return their losses only then, such as detectors. What they
+            draw at random is the same for every width vector.
 
     Raises:
         DataError: If the loader has no batch.
@@ -54,9 +58,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, net: Supernet, loader: Iterable[Any], loss: Loss, *, batch_size: int = 2048, device: Any = None
+        self,
+        net: Supernet,
+        loader: Iterable[Any],
+        loss: Loss,
+        *,
+        batch_size: int = 2048,
+        device: Any = None,
+        training: bool = False,
     ) -> None:
         self.net = net
+        self.training = training
         if batch_size < 1:
             raise OptionError(f"batch_size={batch_size}: it must be at least 1")
         self.loss = loss
@@ -79,10 +91,20 @@ class Evaluator:
             float(self.net.strategy.combine(known)) if known else None,
         )
 
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Flags and running statistics are put back by the scope of batch statistics around this one."""
+        if not self.training:
+            yield
+            return
+        with seeded(0):
+            self.net.model.train()
+            yield
+
     def _judge(self, units: Any) -> tuple[float, float | None]:
         total, correct, seen = 0.0, 0.0, 0
         counts = True
-        with torch.inference_mode(), batch_statistics(self.net.model):
+        with torch.inference_mode(), batch_statistics(self.net.model), self._training_mode():
             for inputs, targets, n in self.batches:
                 outputs = self.net.run(units, inputs)
                 total += float(self.loss(outputs, targets)) * n

@@ -42,6 +42,7 @@ def search(
     seed: int = 0,
     batch_size: int = 2048,
     device: Any = None,
+    training: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -59,6 +60,7 @@ def search(
         seed: Seeds the searcher.
         batch_size: Examples per forward pass; batch statistics want many.
         device: Where to judge; the supernet moves there. Its own device by default.
+        training: Judge in training mode, for models that return their losses only then, such as detectors.
         out: Folder for ``search.json`` and the journal that ``resume`` reads.
         resume: Continue an interrupted search; the result is the same as without the interruption.
         progress: Show a progress bar on a terminal.
@@ -75,7 +77,7 @@ def search(
     rng = np.random.default_rng(seed)
     criterion = loss or cross_entropy()
     engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
-    judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device)
+    judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device, training=training)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
     journal = Journal(
         Path(out) / "search-journal.jsonl" if out is not None else None, _identity(net, judge, criterion, settings)
