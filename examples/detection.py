@@ -1,8 +1,8 @@
 """Object detection: the model returns its own losses while it trains.
 
-Run it with ``python examples/detection.py`` (discs on noise, made here), or with the folder of a Pascal VOC data set such
-as BCCD: ``python examples/detection.py path/to/BCCD``; it takes seconds on a CPU. torchvision's detectors take a list of
-images and a list of targets, and return a dictionary of losses in training mode, boxes in evaluation mode.
+Run it with ``python examples/detection.py`` (discs on noise, made here), or with the folder of a Pascal VOC data set
+such as BCCD: ``python examples/detection.py path/to/BCCD``; it takes seconds on a CPU. torchvision's detectors take a
+list of images and a list of targets, and return a dictionary of losses in training mode, boxes in evaluation mode.
 """
 
 import sys
@@ -110,9 +110,8 @@ def main(folder: str | None = None, kind: str = "retinanet", n: int = 16, epochs
     wk.recalibrate(slim, train)
 
     found = slim.eval()([image])[0]
-    print(
-        f"{result.macs / result.full['macs']:.0%} of the MACs, loss {history[0]['loss']:.2f} to {history[-1]['loss']:.2f}"
-    )
+    share = result.macs / result.full["macs"]
+    print(f"{share:.0%} of the MACs, loss {history[0]['loss']:.2f} to {history[-1]['loss']:.2f}")
     print(f"{len(found['boxes'])} boxes in the first image")
     with torch.no_grad():
         losses = []
