@@ -2,7 +2,7 @@
 
 ========================  =============================================================
 ``run.json``              what was asked for
-``supernet/``             checkpoint of the supernet's training
+``supernet/``             checkpoint of the supernet's training, and the widths that trained best
 ``search.json``           widths, score, history
 ``final/``                checkpoints of the final trainings
 ``slim.safetensors``      the slim network, with ``slim.json``
@@ -36,6 +36,7 @@ from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
 from widthkit.search.run import make_searcher
 from widthkit.space import uniform_space
+from widthkit.strategy import make_strategy
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.timing import forward_latency
 from widthkit.trace import trace
@@ -261,7 +262,7 @@ class Job:
         graph = trace(model, self.input_shape(data), freeze=config.freeze)
         net = make_supernet(
             model,
-            config.strategy,
+            make_strategy(config.strategy, config.strategy_options).for_budget(config.budget),
             graph=graph,
             k=config.k,
             bins=config.bins,
@@ -271,7 +272,6 @@ class Job:
             seed=config.seed,
             rank=config.rank,
             rank_data=self._rank_batches(data) if config.rank else None,
-            **config.strategy_options,
         )
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
@@ -357,6 +357,8 @@ class Job:
             progress=self.progress,
             **c.training(),
         )
+        records = [{"widths": widths, "loss": loss} for widths, loss in net.width_history.records]
+        atomic_json(self.folder.path / "supernet" / "widths.json", {"format": 1, "least_loss_first": records})
         self.say(f"supernet: trained {result.epochs} epochs, loss {result.loss:.4f}")
 
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:

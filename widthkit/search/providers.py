@@ -42,7 +42,10 @@ def _importance(offer: Offer) -> Importance:
     return lambda criterion: unit_scores(net.model, net.wide_graph, criterion, data=offer.data, loss=offer.loss)
 
 
-PROVIDERS: dict[str, Callable[[Offer], Any]] = {"importance": _importance}
+PROVIDERS: dict[str, Callable[[Offer], Any]] = {
+    "importance": _importance,
+    "history": lambda offer: offer.net.width_history.records,
+}
 """Name of a constructor's parameter -> what makes its value."""
 
 

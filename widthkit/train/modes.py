@@ -37,11 +37,19 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     >>> call_model(nn.Bilinear(2, 2, 1), (torch.ones(3, 2), torch.ones(3, 2))).shape
     torch.Size([3, 1])
     """
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn a batch's inputs into positional and keyword arguments.
+
+    >>> as_arguments([1, 2]), as_arguments({"x": 1}), as_arguments("text")
+    (((1, 2), {}), ((), {'x': 1}), (('text',), {}))
+    """
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
