@@ -22,7 +22,7 @@ LAYERS = [
     {"supernet"},
     {"search"},
     {"export"},
-    {"timing"},
+    {"timing", "joint"},
     {"pipeline"},
     {"report", "bench", "testing"},
     {"cli"},

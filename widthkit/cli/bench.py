@@ -59,6 +59,20 @@ def bench_cost(
     run(model, vectors, out)
 
 
+@bench.command("strategy-memory")
+def bench_strategy_memory(
+    model: Annotated[str, typer.Option(help="Model to train")] = "torchvision/resnet18",
+    size: Annotated[int, typer.Option(help="Image size")] = 64,
+    batch: Annotated[int, typer.Option(help="Images per step; no layer's width")] = 17,
+    strategies: Annotated[list[str] | None, typer.Option("--strategy", help="Strategies; all by default")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Count the bytes of activations that a training step of every strategy keeps for its backwards."""
+    from widthkit.bench.activations import run
+
+    run(model, size, batch, strategies or [], out)
+
+
 @bench.command("learn")
 def bench_learn(
     models: Annotated[
