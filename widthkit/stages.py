@@ -86,7 +86,7 @@ class StagePlan:
         for g in space.groups:
             low = min(resolve_limit(self.min_width, model[g.name]), g.widest)
             options = {o for o in g.options if o >= low} | {g.widest}
-            if self.min_width != 1 and low % self.divisor == 0 and len(g.options) > 1:
+            if self.min_width not in (1, "1") and low % self.divisor == 0 and len(g.options) > 1:
                 options.add(low)
             groups.append(replace(g, options=tuple(sorted(options))))
         return replace(space, groups=tuple(groups))

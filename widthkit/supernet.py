@@ -15,7 +15,7 @@ from widthkit.borrow import Borrower
 from widthkit.errors import OptionError, TraceError, WidthsError
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
-from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
+from widthkit.space import Limit, SearchSpace, make_space
 from widthkit.strategy import Path, Strategy, make_strategy
 from widthkit.structure import Dense
 from widthkit.trace import trace
@@ -247,11 +247,7 @@ def make_supernet(
     if not graph.group_names:
         raise TraceError(f"{type(model).__name__} has no channel group that can vary; widthkit trace shows the reasons")
     if space is None:
-        limits: dict[str, Any] = {
-            "min_width": min_width,
-            "max_width": max_width,
-            "divisor": divisor,
-            "fixed": fixed,
-        }
-        space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
+        space = make_space(
+            graph, k=k, bins=bins, min_width=min_width, max_width=max_width, divisor=divisor, fixed=fixed
+        )
     return Supernet(model, graph, space, chosen, seed=seed)
