@@ -68,14 +68,19 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def batch_size(inputs: Any) -> int:
-    """Count the samples of a batch: the length of the first tensor found in it.
+    """Count the samples of a batch: the length of the first tensor found in it, or of the first argument's list.
 
     Raises:
         DataError: If there is no tensor with at least one dimension.
 
     >>> batch_size({"pixels": torch.zeros(5, 3), "mask": None})
     5
+    >>> batch_size(([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)], ["first", "second"]))
+    2
     """
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if isinstance(parts, (tuple, list)) and parts and isinstance(parts[0], (tuple, list)):
+        return len(parts[0])  # images of different sizes, as detectors take them
     size = _first_length(inputs)
     if size is None:
         raise DataError(f"a batch of type {type(inputs).__name__} holds no tensor; return tensors from the loader.")
