@@ -73,7 +73,8 @@ class DepthwiseBinary(Strategy):
 
     def chosen(self, net: Supernet) -> dict[str, IntArray]:
         """The policy: its units are at most the target's MACs, and as close below as whole units allow."""
-        return policy_of(net).units()
+        units: dict[str, IntArray] = policy_of(net).units()
+        return units
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
         """Train weights and gates together; at the end of a run the weights of the settled policy alone."""
@@ -92,7 +93,8 @@ class DepthwiseBinary(Strategy):
 
     def end_epoch(self, net: Supernet) -> dict[str, float]:
         """How the policy converges: its MACs (share of the dense model's), open units, and how many have flipped."""
-        return policy_of(net).end_epoch()
+        figures: dict[str, float] = policy_of(net).end_epoch()
+        return figures
 
     def combine(self, scores: Sequence[float]) -> float:
         """The only path's score."""

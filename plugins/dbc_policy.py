@@ -162,7 +162,7 @@ class Policy(nn.Module):
         place = np.zeros(len(values))
         for name, where in self._slices.items():
             place[where.start + self.ranked(name)] = np.arange(where.stop - where.start) / (where.stop - where.start)
-        bits = self._bits_now().copy()
+        bits: BoolArray = self._bits_now().copy()
         order = np.lexsort((-place, values))
         counts = self._close(bits, order[bits[order] & self._free[order] & (place[order] > 0)])
         self._reopen(bits, counts, order[::-1][(~bits & self._free)[order[::-1]]])

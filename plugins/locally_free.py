@@ -63,7 +63,7 @@ class LocallyFree(Strategy):
 
     def all_patterns(self, width: int, choices: GroupChoices) -> list[IntArray]:
         """List the C(2r+1, r+1) patterns of a width; near both ends of a layer several of them are the same units."""
-        return list(_patterns(width, choices, self.offset))
+        return [units.copy() for units in _patterns(width, choices, self.offset)]
 
     def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
         """All patterns, or as many as are sampled: the i-th sample of a group is the same at every call."""
@@ -128,7 +128,6 @@ def _patterns(width: int, choices: GroupChoices, offset: int) -> tuple[IntArray,
         order = [*range(1, base + 1), *free, *(b for b in zone if b not in free)]
         units = np.concatenate([np.arange(edges[b - 1], edges[b]) for b in order])[:width]
         found.append(np.sort(units).astype(np.int64))
-        found[-1].flags.writeable = False
     return tuple(found)
 
 

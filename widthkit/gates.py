@@ -79,7 +79,7 @@ class Gates:
             kwargs: The model's keyword arguments.
         """
         factors = torch.cat([gates, gates.new_ones(1)])
-        scaled = {}
+        scaled: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for place in self._places:
                 factor = factors.index_select(0, place.index.to(factors.device))

@@ -1,4 +1,4 @@
-"""Binary gates against Pruning-as-Search: gradients, recovery, the MACs term, and networks that come out of training."""
+"""Binary gates against Pruning-as-Search: gradients, recovery, the MACs term, networks that come out of training."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_gradients_of_open_and_closed_gates_are_the_derivatives_of_the_loss():
     net = make(beta=0.0)
     group = net.graph.group_names[1]
     close(net, group, 0, 3)
-    images, labels = small_batch()
+    labels = small_batch()[1]
     net.train_step(make_step())
     bits, where = net.policy.bits().detach().double(), net.policy._slices[group]
     for unit in (where.start, where.start + 1, where.start + 3):
@@ -126,7 +126,7 @@ def test_closed_units_keep_their_weights_bit_by_bit_and_come_back():
     assert net.policy.bits()[where][sorted(back)].tolist() == [1] * len(back)
 
 
-# --- what a closed gate does is what dropping the unit does -------------------------------------------------------------
+# --- what a closed gate does is what dropping the unit does -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

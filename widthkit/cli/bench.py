@@ -59,6 +59,20 @@ def bench_cost(
     run(model, vectors, out)
 
 
+@bench.command("strategy-memory")
+def bench_strategy_memory(
+    model: Annotated[str, typer.Option(help="Model to train")] = "torchvision/resnet18",
+    size: Annotated[int, typer.Option(help="Image size")] = 64,
+    batch: Annotated[int, typer.Option(help="Images per step; no layer's width")] = 17,
+    strategies: Annotated[list[str] | None, typer.Option("--strategy", help="Strategies; all by default")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Count the bytes of activations that a training step of every strategy keeps for its backwards."""
+    from widthkit.bench.activations import run
+
+    run(model, size, batch, strategies or [], out)
+
+
 @bench.command("learn")
 def bench_learn(
     models: Annotated[
@@ -101,3 +115,19 @@ def bench_learn(
         repeats,
         lambda line: typer.echo(line, err=True),
     )
+
+
+@bench.command("greedy")
+def bench_greedy(
+    models: Annotated[list[str] | None, typer.Option("--model", help="Models to measure")] = None,
+    size: Annotated[int, typer.Option(help="Image size")] = 64,
+    batch: Annotated[int, typer.Option(help="Held-out images")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed rounds")] = 3,
+    memory: Annotated[str, typer.Option(help="Most memory for what candidates share")] = "2GB",
+    device: Annotated[str, typer.Option(help="Where to measure")] = "cpu",
+    out: JsonFile = None,
+) -> None:
+    """Judge a greedy round candidate by candidate and together; compare the gain with its bound."""
+    from widthkit.bench.greedy import DEFAULT, run
+
+    run(models or DEFAULT, size, batch, repeats, memory, device, out)

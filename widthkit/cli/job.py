@@ -9,6 +9,7 @@ import typer
 
 from widthkit.cli.app import app
 from widthkit.cli.options import (
+    Alpha,
     Augment,
     BatchSize,
     Bins,
@@ -20,6 +21,7 @@ from widthkit.cli.options import (
     Divisor,
     Epochs,
     FinalEpochs,
+    Fix,
     Freeze,
     ImageSize,
     Init,
@@ -42,9 +44,11 @@ from widthkit.cli.options import (
     SearchImages,
     Seed,
     Seeds,
+    StageCount,
     StrategyName,
     StrategyOption,
     WeightDecay,
+    fixed_widths,
     pairs,
     read_widths,
 )
@@ -68,6 +72,7 @@ def train_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
     epochs: Epochs = 10,
     batch_size: BatchSize = 128,
@@ -97,6 +102,8 @@ def search_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
@@ -108,6 +115,7 @@ def search_command(
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
     job.config.search_images = search_images
+    job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
@@ -155,7 +163,10 @@ def slim_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     epochs: Epochs = 10,
     final_epochs: FinalEpochs = 10,
     seeds: Seeds = 1,
@@ -175,6 +186,8 @@ def slim_command(
     values = dict(locals())
     from widthkit.report.run import report_run, table_text
 
+    if stages > 1 and bins is None:
+        values["bins"] = alpha ** (stages - 1)  # the last stage then has bins with beta 1
     job = _start(values)
     net, splits = job.check(final=True)
     job.folder.begin(job.config, resume)
@@ -202,5 +215,6 @@ def _start(values: dict[str, Any]) -> Any:
     settings["strategy_options"] = pairs(values.get("strategy_option"))
     settings["searcher_options"] = pairs(values.get("searcher_option"))
     settings["mixed_precision"] = values["precision"]
+    settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)
     return Job(config, Folder(values["out"]))

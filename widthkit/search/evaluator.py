@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from widthkit.errors import DataError, OptionError
 from widthkit.search.sharing import (
@@ -68,6 +70,8 @@ class Evaluator:
     Attributes:
         unshared: Why sub-networks of this model cannot share, once that is found out; they are run one by one then.
 
+        kept_bytes: The most that was ever kept.
+
     Raises:
         DataError: If the loader has no batch.
         OptionError: If the batch size is not positive, or the device is not there.
@@ -93,10 +97,12 @@ class Evaluator:
         self.memory = parse_memory(memory)
         self.share = share
         self.unshared = ""
+        self.kept_bytes = 0
         self.device = checked_device(device) or model_device(net)
         net.to(self.device)
         self.batches = _rebatch(loader, batch_size, self.device)
         self._parts: dict[Key, Part] = {}
+        self._fractions: dict[float, Evaluator] = {}
 
     def __call__(self, widths: Mapping[str, int]) -> Judgement:
         """Judge one width vector on all its paths."""
@@ -131,7 +137,7 @@ class Evaluator:
             The place of a width vector in the list, and its judgement, as soon as it is known. Vectors come in the order
             of :func:`~widthkit.search.sharing.sharing_order`; in their own if this model's runs cannot be shared.
         """
-        left = sharing_order(self.net, vectors) if self._shares(vectors) else list(range(len(vectors)))
+        left = self.order(vectors)
         waves = self._waves([vectors[place] for place in left])
         while left:
             if self._shares(vectors) and not next(waves):
@@ -142,6 +148,28 @@ class Evaluator:
             for key in [k for k in self._parts if k[0] == _name(vectors[place])]:
                 del self._parts[key]
         self._parts.clear()
+
+    def order(self, vectors: Sequence[Mapping[str, int]]) -> list[int]:
+        """Return the places of width vectors in the order in which :meth:`many` judges them."""
+        return sharing_order(self.net, vectors) if self._shares(vectors) else list(range(len(vectors)))
+
+    def at(self, fraction: float) -> Evaluator:
+        """Return an evaluator that judges on the first examples of every batch.
+
+        Args:
+            fraction: Share of the examples, above 0 and up to 1; at least one of every batch is used.
+
+        Raises:
+            OptionError: If the fraction is out of range, or a batch is no tensor and cannot be cut.
+        """
+        if not 0 < fraction <= 1:
+            raise OptionError(f"fraction={fraction}: a share of the held-out examples above 0 and up to 1")
+        if fraction not in self._fractions:
+            part = copy.copy(self)
+            part.batches = [_cut(batch, math.ceil(fraction * batch[2])) for batch in self.batches]
+            part._parts = {}
+            self._fractions[fraction] = part
+        return self._fractions[fraction]
 
     def _shares(self, vectors: Sequence[Any]) -> bool:
         # A network that merges runs its branches whole, with units taken away where they are read: nothing is sliced.
@@ -188,6 +216,7 @@ class Evaluator:
                 if sharing.crowded and len(active) > 1:
                     put_off.append(active.pop())
                     sharing.drop(*put_off[-1])
+                self.kept_bytes = max(self.kept_bytes, sharing.peak)
                 for _ in range(judged, min(done.values())):
                     judged += 1
                     yield True
@@ -210,6 +239,22 @@ class Evaluator:
 
 def _name(widths: Mapping[str, int]) -> Hashable:
     return tuple(sorted(widths.items()))
+
+
+def _cut(batch: Batch, n: int) -> Batch:
+    """Return the first ``n`` examples of a batch."""
+    inputs, targets, size = batch
+    if n == size:
+        return batch
+    tensors = [t for t in tree_leaves((inputs, targets)) if isinstance(t, Tensor)]
+    if not tensors or any(t.ndim == 0 or len(t) != size for t in tensors) or not _only_tensors(batch[:2]):
+        raise OptionError("these held-out batches cannot be cut; judge on all of the data, or give batches of tensors")
+    inputs, targets = tree_map_only(Tensor, lambda t: t[:n], (inputs, targets))
+    return inputs, targets, n
+
+
+def _only_tensors(tree: Any) -> bool:
+    return all(isinstance(leaf, Tensor) for leaf in tree_leaves(tree))
 
 
 def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device) -> list[Batch]:

@@ -15,15 +15,16 @@ from widthkit.search.lineage import (
     Call,
     Memo,
     Node,
-    NotHashable,
     Unsafe,
     leaves,
+    meta_of,
     recompute,
     replace,
-    sign,
     storage,
 )
 
+Key = tuple[Any, ...]
+_NAMED = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 
 
@@ -35,7 +36,6 @@ class Family:
 
     def join(self, member: Known) -> None:
         """Add a tensor."""
-        self._members = [m for m in self._members if m() is not None]
         self._members.append(weakref.ref(member))
 
     def others(self, member: Known) -> bool:
@@ -61,25 +61,28 @@ class Known(Tensor):
     @staticmethod
     def __new__(cls, run: Run, node: Node | None, box: Box | None, family: Family) -> Known:
         """Make a tensor without memory of its own."""
-        if node is not None:
-            size, stride, offset, dtype, device = node.meta
-        else:
+        if node is None:
             assert box is not None
-            v = box.value
-            size, stride, offset, dtype, device = v.size(), v.stride(), v.storage_offset(), v.dtype, v.device
+            size, stride, offset, dtype, device = meta_of(box.value)
+        else:
+            size, stride, offset, dtype, device = node.meta
         made: Known = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=device
         )
         made.run, made.node, made.box, made.family = run, node, box, family
-        family.join(made)
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Let the run decide whether the operator must be computed."""
-        known: Known = next(t for t in leaves((args, kwargs or {}), Tensor) if isinstance(t, Known))
+        for argument in args:
+            if type(argument) is Known:
+                return argument.run.dispatch(func, args, kwargs or {})
+        known = leaves((args, kwargs or {}), Known)[0]
         return known.run.dispatch(func, args, kwargs or {})
 
     def value(self) -> Tensor:
@@ -105,12 +108,16 @@ class Run:
         self._made: list[weakref.ref[Known]] = []
         self._leaves: list[Box] = []
         self._fresh: list[Box] = []
+        self._own = Family()
+        self._memory: set[int] = set()
 
     def leaf(self, name: str, value: Tensor, role: str = "leaf") -> Known:
         """Make an input, or a tensor of the model, known."""
+        if type(value) is not Tensor:
+            value = value.detach()
         node = self.memo.leaf(name, self._who, value, role)
         self._leaves.append(node.put(value))
-        return self._known(node, self._leaves[-1], Family())
+        return Known(self, node, self._leaves[-1], self._own)
 
     def settle(self) -> None:
         """End the run: tensors that the model put aside get their values, which they keep."""
@@ -122,38 +129,65 @@ class Run:
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Answer one operator call."""
-        given = leaves((args, kwargs), Tensor)
-        own = [t for t in given if isinstance(t, Known) and t.run is self and t.node is not None]
-        _check_statistics(func, args, own)
-        known = len(own) == len(given)
+        given: list[Any] = []
+        # What a batch norm returns in training mode does not depend on its momentum, which may count batches.
+        updates = func is _BATCH_NORM and len(args) > 6 and bool(args[5])
+        key: list[Any] = [func]
+        named = self._name(args[:6] if updates else args, given, key)
+        if updates:
+            named &= self._name(args[7:], given, key)
+        if kwargs:
+            for name, value in sorted(kwargs.items()):
+                key.append(name)
+                named &= self._name((value,), given, key)
+        if any(t.node.role == "statistics" for t in given if type(t) is Known and t.node is not None):
+            _check_statistics(given, args if updates else ())
         if func._schema.is_mutable:
-            return self._write(func, args, kwargs, given, known)
-        call = self._recall(func, args, kwargs, own) if known else None
-        return self._plain(func, args, kwargs, given) if call is None else self._answer(call, own)
+            return self._write(func, args, kwargs, given, tuple(key) if named else None)
+        call = self._recall(func, args, kwargs, given, tuple(key)) if named and given else None
+        return self._plain(func, args, kwargs, given) if call is None else self._answer(call, given)
+
+    def _name(self, arguments: Any, given: list[Any], key: list[Any]) -> bool:
+        """Collect tensors, and what names the arguments in a key; ``False`` where something has no name.
+
+        Equal names mean equal arguments, to the last bit and type.
+        """
+        named = True
+        for argument in arguments:
+            kind = type(argument)
+            if kind is Known:
+                given.append(argument)
+                node = argument.node
+                if node is None or argument.run is not self:
+                    named = False
+                else:
+                    key.append(node)
+            elif kind in _NAMED:
+                key.append(kind)
+                key.append(argument)
+            elif kind is float:
+                key.append(argument.hex())
+            elif kind is list or kind is tuple:
+                key.append(len(argument))
+                named &= self._name(argument, given, key)
+            else:
+                given += leaves(argument, Tensor)
+                named = False
+        return named
 
     # --- operators that only read -------------------------------------------------------------------------------------
 
-    def _recall(self, func: Any, args: Any, kwargs: Any, own: Sequence[Known]) -> Call | None:
+    def _recall(self, func: Any, args: Any, kwargs: Any, given: Sequence[Known], key: Key) -> Call | None:
         """Find the call, or compute it if a later sub-network will ask for it; ``None`` if it must run plainly."""
-        found = self._key(func, args, kwargs)
-        if found is None:
-            return None
-        key, call = found
         if key not in self.memo.calls:
-            sharers = _sharers(own, self.memo.all)
-            if not sharers & self.later or not self._compute(call, own, sharers):
+            sharers = _sharers(given, self.memo.all)
+            if not sharers & self.later:
+                return None
+            call = _call(func, args, kwargs)
+            if not self._compute(call, given, sharers):
                 return None
             self.memo.calls[key] = call
         return self.memo.calls[key]
-
-    def _key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Call] | None:
-        args, kwargs = replace((args, kwargs), Tensor, lambda t: t.node)
-        # What a batch norm returns in training mode does not depend on its momentum, which may count batches.
-        named = (*args[:6], 0.0, *args[7:]) if _updates_statistics(func, args) else args
-        try:
-            return (func, sign(named), sign(kwargs)), Call(func, args, kwargs)
-        except NotHashable:
-            return None
 
     def _compute(self, call: Call, own: Sequence[Known], sharers: int) -> bool:
         """Run a call and fill in what it returns; ``False`` if its result cannot be shared."""
@@ -225,12 +259,11 @@ class Run:
 
     # --- operators that write -----------------------------------------------------------------------------------------
 
-    def _write(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], known: bool) -> Any:
+    def _write(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], key: Key | None) -> Any:
         """Run an operator that writes; a known tensor then stands for the new value, and the old one stays intact."""
-        targets = [i for i, t in enumerate(_written(func, args, kwargs)) if isinstance(t, Known)]
-        if not targets:
-            return self._plain(func, args, kwargs, given)
         written = [t for t in _written(func, args, kwargs) if isinstance(t, Known)]
+        if not written:
+            return self._plain(func, args, kwargs, given)
         target = written[0]
         place = next(i for i, t in enumerate(given) if t is target)
         if len(written) > 1 or len([t for t in given if t is target]) > 1:
@@ -239,32 +272,29 @@ class Run:
             raise Unsafe(f"{func} writes to the model's own tensors or to its input")
         if target.family.others(target):
             raise Unsafe(f"{func} writes to a tensor that others are views of")
-        if known and self._write_known(func, args, kwargs, given, place):
+        if key is not None and self._write_known(func, args, kwargs, given, place, key):
             return target
         value = self._exclusive(target)
         self._run_write(func, args, kwargs, [value if t is target else self._read(t) for t in given], value)
         target.node, target.box = None, Box(value)
         return target
 
-    def _write_known(self, func: Any, args: Any, kwargs: Any, given: Sequence[Any], place: int) -> bool:
+    def _write_known(self, func: Any, args: Any, kwargs: Any, given: Sequence[Any], place: int, key: Key) -> bool:
         """Let a known tensor stand for what a call writes to it; ``False`` if the call must run plainly."""
-        found = self._key(func, args, kwargs)
-        if found is None:
-            return False
-        key, call = found
         target = given[place]
-        if key not in self.memo.calls:
-            sharers = _sharers(given, self.memo.all)
-            if not sharers & self.later or torch.Tag.nondeterministic_seeded in func.tags:
-                return False
-            value = self._exclusive(target)
-            self._run_write(func, args, kwargs, [value if t is target else t.value() for t in given], value)
-            call.target, call.outs = place, self.memo.node(sharers, value, call)
-            self.memo.calls[key] = call
-            target.box = call.outs.put(value)
-        else:
-            target.box = self.memo.calls[key].outs.box()
-        target.node = self.memo.calls[key].outs
+        if key in self.memo.calls:
+            target.node = self.memo.calls[key].outs
+            target.box = target.node.box()
+            return True
+        sharers = _sharers(given, self.memo.all)
+        if not sharers & self.later or torch.Tag.nondeterministic_seeded in func.tags:
+            return False
+        call = _call(func, args, kwargs)
+        value = self._exclusive(target)
+        self._run_write(func, args, kwargs, [value if t is target else t.value() for t in given], value)
+        call.target, call.outs = place, self.memo.node(sharers, value, call)
+        self.memo.calls[key] = call
+        target.node, target.box = call.outs, call.outs.put(value)
         return True
 
     @staticmethod
@@ -280,7 +310,9 @@ class Run:
         """Return a tensor's value for writing: itself if nobody else needs it, else a copy."""
         value = target.value()
         memory = storage(value)
-        if any(storage(leaf.value) == memory for leaf in self._leaves):
+        if not self._memory:
+            self._memory = {storage(leaf.value) for leaf in self._leaves}
+        if memory in self._memory:
             raise Unsafe("a view of the model's own tensors or of its input is written to")
         boxes = [*self.memo.kept.values(), *self.memo.wanted.values()]
         boxes += [t.box for t in (r() for r in self._made) if t is not None and t is not target and t.box is not None]
@@ -292,6 +324,7 @@ class Run:
 
     def _known(self, node: Node | None, box: Box | None, family: Family) -> Known:
         made = Known(self, node, box, family)
+        family.join(made)
         self._made.append(weakref.ref(made))
         return made
 
@@ -323,18 +356,17 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return leaves(found, Tensor)
 
 
-def _updates_statistics(func: Any, args: Any) -> bool:
-    return func is _BATCH_NORM and len(args) > 5 and bool(args[5])
+def _call(func: Any, args: Any, kwargs: Any) -> Call:
+    return Call(func, *replace((args, kwargs), Known, lambda t: t.node))
 
 
-def _check_statistics(func: Any, args: Any, own: Sequence[Known]) -> None:
+def _check_statistics(given: Sequence[Any], update: Any) -> None:
     """Refuse any use of running statistics but their update, which does nothing to the network's outputs."""
-    for tensor in own:
-        if tensor.node is None or tensor.node.role != "statistics":
-            continue
-        if _updates_statistics(func, args) and (tensor is args[3] or tensor is args[4]):
-            continue
-        raise Unsafe(f"{func} uses running statistics of a batch norm")
+    for tensor in given:
+        if type(tensor) is Known and tensor.node is not None and tensor.node.role == "statistics":
+            if update and (tensor is update[3] or tensor is update[4]):
+                continue
+            raise Unsafe("running statistics of a batch norm are used by something else")
 
 
 def _generator_state(func: Any, values: Sequence[Tensor]) -> Tensor | None:

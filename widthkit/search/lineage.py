@@ -13,18 +13,14 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-Meta = tuple[torch.Size, tuple[int, ...], int, torch.dtype, torch.device]
+_ATOMS = (int, float, bool, str, type(None))
+Meta = tuple[Any, ...]
 
 
 class Unsafe(Exception):
     """A model does something that sharing would change; it must run plainly."""
-
-
-class NotHashable(Exception):
-    """An argument that lineages cannot name."""
 
 
 class Box:
@@ -41,14 +37,12 @@ class Node:
     """One value's lineage.
 
     Args:
-        number: Names it in keys.
         sharers: Bit set of the sub-networks that have this value.
         meta: Shape, strides, offset, dtype and device.
         call: What computes it; ``None`` for a leaf.
         role: Why it is there: ``value``, ``leaf``, or ``statistics`` (running statistics of a batch norm).
     """
 
-    number: int
     sharers: int
     meta: Meta
     call: Call | None = None
@@ -87,6 +81,8 @@ class Call:
 
 def replace(tree: Any, kind: type | tuple[type, ...], new: Callable[[Any], Any]) -> Any:
     """Rebuild nested lists, tuples and dicts with every leaf of a kind replaced, in order."""
+    if type(tree) in _ATOMS:
+        return tree
     if isinstance(tree, kind):
         return new(tree)
     if isinstance(tree, list):
@@ -106,28 +102,9 @@ def leaves(tree: Any, kind: type) -> list[Any]:
     return found
 
 
-def sign(argument: Any) -> Hashable:
-    """Name an argument in a key: equal names mean equal arguments, to the last bit and type.
-
-    Raises:
-        NotHashable: If it is of a kind that cannot be named.
-
-    >>> sign(1) == sign(True), sign(0.0) == sign(-0.0), sign([1, 2]) == sign([1, 2])
-    (False, False, True)
-    """
-    if isinstance(argument, Node):
-        return "node", argument.number
-    if isinstance(argument, float):
-        return "float", argument.hex()
-    if argument is None or isinstance(
-        argument, (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-    ):
-        return type(argument), argument
-    if isinstance(argument, (list, tuple)):
-        return "list", tuple(sign(item) for item in argument)
-    if isinstance(argument, dict):
-        return "dict", tuple((name, sign(item)) for name, item in sorted(argument.items()))
-    raise NotHashable
+def meta_of(value: Tensor) -> Meta:
+    """Return shape, strides, offset, dtype and device."""
+    return value.size(), value.stride(), value.storage_offset(), value.dtype, value.device
 
 
 def storage(tensor: Tensor) -> int:
@@ -161,7 +138,6 @@ class Memo:
         self._sizes: dict[int, int] = {}
         self._sharers = sharers
         self._leaves: dict[Hashable, Node] = {}
-        self._count = 0
 
     def leaf(self, name: str, who: int, value: Tensor, role: str) -> Node:
         """Return the node of an input or of a sub-network's slice of a tensor."""
@@ -173,9 +149,7 @@ class Memo:
 
     def node(self, sharers: int, value: Tensor, call: Call | None = None, role: str = "value") -> Node:
         """Make a node for a value."""
-        self._count += 1
-        meta = value.size(), value.stride(), value.storage_offset(), value.dtype, value.device
-        return Node(self._count, sharers, meta, call, role)
+        return Node(sharers, meta_of(value), call, role)
 
     def want(self, node: Node, box: Box) -> None:
         """Keep a value for the next sub-network; the largest are given up where there is no room."""

@@ -25,11 +25,12 @@ from widthkit.search.fill import best_inside, filler, remark
 from widthkit.search.journal import Journal
 from widthkit.search.providers import Offer, provided
 from widthkit.search.result import SearchResult, Trial
+from widthkit.search.rounds import check_same, from_first, judge_round, launched
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
+from widthkit.train.parallel import broadcast_module, process_index
 
-Judge = Callable[[Mapping[str, int]], Judgement]
 _SAMPLED = 1 << 16
 """Numbers of a held-out batch that tell two data sets apart."""
 
@@ -48,10 +49,14 @@ def search(
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    memory: str | int = "2GB",
     on_trial: Callable[[Trial, float], None] | None = None,
     **options: Any,
 ) -> SearchResult:
     """Find the best widths under a budget, among those that use more than 97% of it where the space has any.
+
+    Under ``torchrun`` or ``accelerate launch`` all processes judge, each its share of the candidates; the result is the
+    same as with one process, and only the first writes files.
 
     Args:
         net: A trained supernet.
@@ -67,7 +72,9 @@ def search(
         out: Folder for ``search.json`` and the journal that ``resume`` reads.
         resume: Continue an interrupted search; the result is the same as without the interruption.
         progress: Show a progress bar on a terminal.
-        on_trial: Called after every judged width vector with the trial and the progress (0 to 1).
+        memory: Most memory for what candidates that are judged together share, such as ``"2GB"``.
+        on_trial: Called after every judged width vector with the trial and the progress (0 to 1); of several processes
+            only in the first.
         **options: Options of the searcher.
 
     Raises:
@@ -83,29 +90,31 @@ def search(
     if chosen is not None:
         check_chosen(net, limit, chosen)
     engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
-    judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device, training=training)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
-    if chosen is not None:
-        result = _policy_result(net, limit, judge, chosen, settings)
+    with launched(device) as place:
+        judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, training=training, memory=memory)
+        broadcast_module(net)
+        first = process_index() == 0
+        if chosen is not None:
+            result = _policy_result(net, limit, judge, chosen, settings)
+        else:
+            identity = _identity(net, judge, criterion, settings)
+            check_same(identity)
+            journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
+            known = from_first(journal.read) if resume else {}
+            with _show(progress and first) as shown:
+                watchers = [f for f in (shown, on_trial) if f and first]
+                trials = run_loop(engine, net.graph, judge, journal, known, watchers)
+                rest = filler(net.space, limit, trials, seed)
+                if rest is not None:
+                    trials += run_loop(rest, net.graph, judge, journal, known, watchers)
+            settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
+            result = _result(net, limit, trials, settings)
+            why = remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)
+            if why is not None:
+                result.settings["remark"] = why
         if out is not None:
-            result.save(Path(out) / "search.json")
-        return result
-    journal = Journal(
-        Path(out) / "search-journal.jsonl" if out is not None else None, _identity(net, judge, criterion, settings)
-    )
-    known = journal.read() if resume else {}
-    with _show(progress) as shown:
-        watchers = [f for f in (shown, on_trial) if f]
-        trials = run_loop(engine, net.graph, judge, journal, known, watchers)
-        rest = filler(net.space, limit, trials, seed)
-        if rest is not None:
-            trials += run_loop(rest, net.graph, judge, journal, known, watchers)
-    settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
-    result = _result(net, limit, trials, settings)
-    if (why := remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)) is not None:
-        result.settings["remark"] = why
-    if out is not None:
-        result.save(Path(out) / "search.json")
+            from_first(lambda: result.save(Path(out) / "search.json"))
     return result
 
 
@@ -146,7 +155,7 @@ def history_of(name: str, net: Supernet) -> dict[str, Any]:
 def run_loop(
     engine: Searcher,
     graph: ChannelGraph,
-    judge: Judge,
+    judge: Any,
     journal: Journal,
     known: dict[str, Judgement],
     watchers: Sequence[Callable[[Trial, float], None]] = (),
@@ -156,34 +165,36 @@ def run_loop(
     Args:
         engine: The searcher.
         graph: Prices the width vectors.
-        judge: Gives a width vector's judgement.
+        judge: Gives a width vector's judgement; see :func:`~widthkit.search.rounds.judge_round`.
         journal: Gets every new judgement before anyone else hears of it.
         known: Judgements by width vector as JSON; new ones are put in.
         watchers: Called with every trial and the progress.
 
     Returns:
-        Every trial, in order.
+        Every trial on all of the data, in order.
     """
     trials: list[Trial] = []
     while not engine.done:
         asked = engine.ask()
         if not asked:
             break
-        scores = []
-        for proposal in asked:
-            widths = {name: int(width) for name, width in proposal.items()}
-            key = json.dumps(widths, sort_keys=True)
-            if key not in known:
-                known[key] = judge(widths)
-                journal.add(key, known[key])
-            found = known[key]
-            trials.append(
-                Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
-            )
-            scores.append(found.score if math.isfinite(found.score) else -math.inf)
-            for watch in watchers:
-                watch(trials[-1], engine.progress)
-        engine.tell(asked, scores)
+        fraction = engine.fraction
+        vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
+        keys = [_key(widths, fraction) for widths in vectors]
+        fresh = {key: widths for key, widths in zip(keys, vectors, strict=True) if key not in known}
+        shown = watchers if fraction == 1 else ()
+        for key, widths in zip(keys, vectors, strict=True):
+            if key in known:
+                _tell(shown, _trial(graph, widths, known[key]), engine.progress)
+        names = list(fresh)
+        for place, found in judge_round(judge if fraction == 1 else judge.at(fraction), list(fresh.values())):
+            known[names[place]] = found
+            journal.add(names[place], found)
+            _tell(shown, _trial(graph, fresh[names[place]], found), engine.progress)
+        if fraction == 1:
+            trials += [_trial(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
+        scores = [known[key].score for key in keys]
+        engine.tell(asked, [score if math.isfinite(score) else -math.inf for score in scores])
     return trials
 
 
@@ -203,7 +214,7 @@ def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) 
 
 
 def _policy_result(
-    net: Supernet, budget: Budget, judge: Judge, chosen: Mapping[str, IntArray], settings: dict[str, Any]
+    net: Supernet, budget: Budget, judge: Any, chosen: Mapping[str, IntArray], settings: dict[str, Any]
 ) -> SearchResult:
     """Report what training chose, judged once; there is nothing to search."""
     widths = {name: len(units) for name, units in chosen.items()}
@@ -213,6 +224,20 @@ def _policy_result(
     result = _result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
     result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
     return result
+
+
+def _key(widths: Mapping[str, int], fraction: float) -> str:
+    """Name a judgement in the journal."""
+    return json.dumps(widths if fraction == 1 else {"fraction": fraction, "widths": widths}, sort_keys=True)
+
+
+def _trial(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:
+    return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
+
+
+def _tell(watchers: Sequence[Callable[[Trial, float], None]], trial: Trial, progress: float) -> None:
+    for watch in watchers:
+        watch(trial, progress)
 
 
 def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[str, Any]) -> SearchResult:
@@ -276,8 +301,10 @@ def describe(result: SearchResult) -> str:
     """One line for people: what was found, at which cost."""
     share = result.macs / result.full["macs"]
     accuracy = "" if result.accuracy is None else f", accuracy in the supernet {result.accuracy:.1%}"
+    diverged = sum(not math.isfinite(trial.score) for trial in result.trials)
+    lost = f", {diverged} of them without a finite loss" if diverged else ""
     return (
         f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
-        f"{accuracy}, {len(result.trials)} networks judged"
+        f"{accuracy}, {len(result.trials)} networks judged{lost}"
         + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
     )

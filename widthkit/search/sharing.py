@@ -1,9 +1,9 @@
 """Judge many sub-networks together: what one has computed, the next need not compute again.
 
-Candidates of one greedy round differ from one another in one group each, so everything before a candidate's first changed
-layer is the same for all of them. Nothing here knows of greedy or of parents: sub-networks are sorted so that neighbours
-share long beginnings, and every operator call whose inputs are known to be the same is computed once. Losses are
-bit-identical to those of separate runs, for the same operators run on the same values.
+Candidates of one greedy round differ from one another in one group each, so everything before a candidate's first
+changed layer is the same for all of them. Nothing here knows of greedy or of parents: sub-networks are sorted so that
+neighbours share long beginnings, and every operator call whose inputs are known to be the same is computed once. Losses
+are bit-identical to those of separate runs, for the same operators run on the same values.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ class Sharing:
 
         def part(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
             if not isinstance(module, _BatchNorm):
-                return run.leaf(name, tensor.detach())
+                return run.leaf(name, tensor)
             last = name.rpartition(".")[2]
             # The counter of batches is counted on as usual: nothing else reads it.
             if last == "num_batches_tracked":
                 return tensor
-            return run.leaf(name, tensor.detach(), "statistics" if last in _STATISTICS else "leaf")
+            return run.leaf(name, tensor, "statistics" if last in _STATISTICS else "leaf")
 
         with self._net.replaced(part):
             known = replace(inputs, Tensor, lambda t: run.leaf(f"input {next(count)}", t))
