@@ -1,6 +1,7 @@
 """Prior initial population sampling: exact expectations, optimal distributions, better populations."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -276,6 +277,7 @@ def test_searchers_against_brute_force():
         row["searcher"]: row
         for row in gaps(space, parse_budget("0.5x", space.graph), ["evolution", "greedy", "random"], 5, 120)
     }
+    json.dumps(rows)
     assert rows["evolution"]["mean_gap"] < 0.03
     assert rows["greedy"]["mean_gap"] < 0.06
     assert rows["random"]["mean_gap"] < 0.15

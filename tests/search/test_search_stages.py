@@ -134,7 +134,7 @@ def test_a_search_in_stages_ends_inside_the_budget_with_widths_that_only_shrink(
     assert [row["stage"] for row in rows] == [1, 2, 3]
     for last, now in itertools.pairwise(rows):
         assert all(now["widths"][name] <= width for name, width in last["widths"].items())
-        assert now["macs"] < last["macs"]
+        assert now["macs"] <= last["macs"]
     graph = small_graph()
     assert 0.97 * 0.5 * graph.macs() < found.result.macs <= 0.5 * graph.macs()
     assert found.result.full == {"widths": graph.full, "macs": graph.macs(), "params": graph.params()}

@@ -126,7 +126,7 @@ def gaps(space: SearchSpace, budget: Budget, names: Sequence[str], seeds: int, m
             assert found is not None
             judged = len({tuple(t.widths.values()) for t in trials})
             used = float(budget.usage(space.graph, found.widths))
-            rows[name].append(((best - found.score) / (best - blind), judged, used))
+            rows[name].append((float((best - found.score) / (best - blind)), judged, used))
     return [
         {
             "searcher": name,
@@ -252,8 +252,9 @@ def run(
     fast = draws("random", "timm/efficientnet_b0", "0.5x", 2000, 5)
     say(
         {"kind": "draws", **fast},
-        f"{fast['draws']} draws on {fast['model']} at {fast['budget']}: {fast['seconds']:.2f} s ({fast['cpu_seconds']:.2f} s of processor time), "
-        f"{fast['distinct']} distinct, least usage {fast['least_usage']:.3f}",
+        f"{fast['draws']} draws on {fast['model']} at {fast['budget']}: {fast['seconds']:.2f} s, of these "
+        f"{fast['cpu_seconds']:.2f} s on the processor; {fast['distinct']} distinct, "
+        f"least usage {fast['least_usage']:.3f}",
     )
     for row in populations("evolution", model, "0.5x", epochs, 3, limit, "bc") if epochs else []:
         say(
