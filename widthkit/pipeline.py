@@ -288,8 +288,7 @@ class Job:
         make_loader(data.train, config.batch_size, train=True)
         if search:
             budget = parse_budget(config.budget, graph)
-            budget.check(net.space)
-            self._stage_plan(net)
+            self._stage_plan(net).check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
         return net, data
 

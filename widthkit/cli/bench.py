@@ -131,3 +131,19 @@ def bench_greedy(
     from widthkit.bench.greedy import DEFAULT, run
 
     run(models or DEFAULT, size, batch, repeats, memory, device, out)
+@bench.command("search")
+def bench_search(
+    searchers: Annotated[
+        list[str] | None, typer.Option("--searcher", help="Searchers to compare with brute force")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Scores per space and budget")] = 10,
+    evaluations: Annotated[int, typer.Option(min=1, help="Most networks a search may judge")] = 200,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of the supernets for first populations; 0: skip")] = 10,
+    model: Annotated[str, typer.Option(help="Model of these supernets")] = "widthkit.bench.nets:plain_cnn",
+    limit: Annotated[int | None, typer.Option(help="Most images per part of the data")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Compare searchers with brute force, first populations with random ones, and time random draws."""
+    from widthkit.bench.search import run
+
+    run(searchers or ["evolution", "greedy", "random"], seeds, evaluations, epochs, model, limit, out)
