@@ -20,6 +20,7 @@ from widthkit.budget import Budget, parse_budget, show_count
 from widthkit.errors import BudgetError, ModelError, OptionError
 from widthkit.graph import ChannelGraph
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
+from widthkit.search.guided import GuidedSearch, TrainFn, make_guidance
 from widthkit.search.journal import Journal
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.searcher import SEARCHERS, Searcher
@@ -45,6 +46,11 @@ def search(
     resume: bool = False,
     progress: bool = True,
     on_trial: Callable[[Trial, float], None] | None = None,
+    score_model: str | None = "auto",
+    score_model_options: Mapping[str, Any] | None = None,
+    evaluations: int = 256,
+    calibrate: int = 0,
+    train_fn: TrainFn | None = None,
     **options: Any,
 ) -> SearchResult:
     """Find the best widths under a budget.
@@ -62,6 +68,13 @@ def search(
         resume: Continue an interrupted search; the result is the same as without the interruption.
         progress: Show a progress bar on a terminal.
         on_trial: Called after every judged width vector with the trial and the progress (0 to 1).
+        score_model: Name of a registered score model: the searcher then sees its predictions, and the supernet judges few
+            networks, where they help most. ``None`` lets the supernet judge every proposal. ``"auto"`` takes the default
+            model for searchers that compare scores.
+        score_model_options: Options of the model.
+        evaluations: With a score model, how many networks the supernet judges.
+        calibrate: With a score model, how many networks are trained on their own, chosen by design.
+        train_fn: Trains them: widths -> accuracy (higher is better).
         **options: Options of the searcher.
 
     Raises:
@@ -75,14 +88,24 @@ def search(
     engine = make_searcher(searcher, net, limit, rng, options)
     criterion = loss or cross_entropy()
     judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=device)
+    guidance = make_guidance(score_model, type(engine), evaluations, calibrate, train_fn, score_model_options)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
+    settings |= guidance.settings() if guidance else {}
     journal = Journal(
         Path(out) / "search-journal.jsonl" if out is not None else None, _identity(net, judge, criterion, settings)
     )
     known = journal.read() if resume else {}
     with _show(progress) as shown:
-        trials = run_loop(engine, net.graph, judge, journal, known, [f for f in (shown, on_trial) if f])
-    result = _result(net, limit, trials, settings)
+        watchers = [f for f in (shown, on_trial) if f]
+        if guidance is None:
+            result = _result(net, limit, run_loop(engine, net.graph, judge, journal, known, watchers), settings)
+        else:
+
+            def again() -> Searcher:
+                return make_searcher(searcher, net, limit, np.random.default_rng(seed), options)
+
+            guided = GuidedSearch(guidance, again, net.space, limit, judge, journal, known, watchers).run(seed)
+            result = guided.choose(_result(net, limit, guided.trials, settings))
     if out is not None:
         result.save(Path(out) / "search.json")
     return result
@@ -178,7 +201,11 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
         settings["seed"],
         full,
         trials,
-        {"options": settings["options"], "strategy": repr(net.strategy), "space_size": str(net.space.size)},
+        {
+            **{name: value for name, value in settings.items() if name not in ("searcher", "budget", "seed")},
+            "strategy": repr(net.strategy),
+            "space_size": str(net.space.size),
+        },
     )
 
 
