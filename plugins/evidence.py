@@ -1,8 +1,8 @@
 """Bayesian linear regression in two fidelities; all variances by marginal likelihood.
 
-Scores are ``rho * f + errors + noise``, calibrations ``f + noise``; ``f`` and the errors are linear in their columns, with
-zero-mean Gaussian weights whose variances are shared by block. It is Kennedy and O'Hagan's model (Biometrika 2000, Eq.
-1-2) the other way around: here the cheap source has the systematic error. The noise of both is estimated.
+Scores are ``rho * f + errors + noise``, calibrations ``f + noise``; ``f`` and the errors are linear in their columns,
+with zero-mean Gaussian weights whose variances are shared by block. It is Kennedy and O'Hagan's model (Biometrika 2000)
+the other way around: here the cheap source has the systematic error. The noise of both is estimated.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ class Source:
     @classmethod
     def of(cls, columns: FloatArray, targets: FloatArray) -> Source:
         """Centre and sum up ``[n, p]`` columns and ``[n]`` targets."""
-        x, y = columns - columns.mean(0) if len(columns) else columns, targets - targets.mean() if len(targets) else targets
-        return cls(x.T @ x, x.T @ y, float(y @ y), max(len(y) - 1, 0))
+        if not len(targets):
+            return cls(columns.T @ columns, columns.T @ targets, 0.0, 0)
+        x, y = columns - columns.mean(0), targets - targets.mean()
+        return cls(x.T @ x, x.T @ y, float(y @ y), len(y) - 1)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Posterior:
 class Evidence:
     """Negative log evidence and its gradient, by Fisher's identity.
 
-    Parameters, in order: log variances of the blocks, of the scores' noise, of the calibrations' noise, rho, log scales of
-    the groups.
+    Parameters, in order: log variances of the blocks, of the scores' noise, of the calibrations' noise; rho; log scales
+    of the groups.
 
     Args:
         layout: How columns share variances.

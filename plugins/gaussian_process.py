@@ -25,7 +25,7 @@ class GaussianProcessModel(ScoreModel):
         max_points: Fit on at most this many scores, evenly spread over those given: time grows with the cube.
     """
 
-    def __init__(self, space: SearchSpace, max_points: int = 512) -> None:
+    def __init__(self, space: SearchSpace, max_points: int = 256) -> None:
         super().__init__(space)
         if max_points < 2:
             raise OptionError(f"max_points={max_points}: a Gaussian process needs at least 2")
@@ -43,7 +43,9 @@ class GaussianProcessModel(ScoreModel):
         self._scores = self._shift = None
         self._rho = 1.0
         if len(scores):
-            kept = np.unique(np.linspace(0, len(scores) - 1, min(len(scores), self.max_points)).round().astype(np.int64))
+            kept = np.unique(
+                np.linspace(0, len(scores) - 1, min(len(scores), self.max_points)).round().astype(np.int64)
+            )
             self._scores = _Process(self._inputs(scores.widths[kept]), scores.values[kept])
         # Two calibrations are the fewest that fix a unit; with less, predictions are in units of the scores.
         if calibration is not None and (len(calibration) >= 2 or self._scores is None):

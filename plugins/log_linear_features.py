@@ -96,10 +96,13 @@ class Features:
     @cached_property
     def membership(self) -> tuple[FloatArray, FloatArray]:
         """Which groups every error column belongs to: ``[curves, free groups]`` and ``[pairs, free groups]``."""
-        own = [np.eye(self.n_groups)[j] for d in (1, 2, 3) for j in np.flatnonzero(self._degrees >= d)]
-        curves = np.array([*own, *np.zeros((2, self.n_groups))]).reshape(-1, self.n_groups)
-        products = np.array([np.eye(self.n_groups)[[i, j]].sum(0) for i, j in self.pairs])
-        return curves, products.reshape(-1, self.n_groups)
+        own = [j for d in (1, 2, 3) for j in np.flatnonzero(self._degrees >= d)]
+        curves, products = np.zeros((len(own) + 2, self.n_groups)), np.zeros((len(self.pairs), self.n_groups))
+        for row, j in enumerate(own):
+            curves[row, j] = 1
+        for row, pair in enumerate(self.pairs):
+            products[row, list(pair)] = 1
+        return curves, products
 
 
 def _legendre(x: FloatArray, degree: int) -> FloatArray:

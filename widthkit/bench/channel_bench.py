@@ -1,7 +1,7 @@
 """Channel-Bench-Macro: spaces of 16,384 widths, every network of which was trained three times on CIFAR-10.
 
-The networks are built here and traced, so that spaces and costs come the same way as any user's; the files' own counts of
-multiply-adds are compared with the graph's.
+The networks are built here and traced, so that spaces and costs come the same way as any user's; the files' own counts
+of multiply-adds are compared with the graph's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -54,7 +55,12 @@ def _basic(inputs: int, hidden: int, outputs: int, stride: int = 1) -> nn.Module
 
 
 def _mobilenet() -> nn.Module:
-    blocks = [_inverted(128, 768, 128), _inverted(128, 768, 128), _inverted(128, 768, 256, 2), _inverted(256, 1536, 256)]
+    blocks = [
+        _inverted(128, 768, 128),
+        _inverted(128, 768, 128),
+        _inverted(128, 768, 256, 2),
+        _inverted(256, 1536, 256),
+    ]
     head = [_conv(256, 1024, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 10)]
     return nn.Sequential(_conv(3, 128, 3, 2), *blocks, *head)
 
@@ -129,11 +135,11 @@ def load(folder: Path, name: str = "MobileNet") -> ChannelBench:
     return ChannelBench(name, space, keys, widths, accuracy, macs)
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); --data-dir names the folder of Channel-Bench-Macro") from error
+        raise DataError(f"{path} cannot be read ({error}); --data-dir names its folder") from error
     if not isinstance(found, dict) or not found:
         raise DataError(f"{path} holds no table")
     return found

@@ -101,4 +101,4 @@ def climb(model: ScoreModel, space: SearchSpace, budget: Budget, start: IntArray
         if not mean[best] > mean[0] + 1e-12 * abs(mean[0]):
             break
         genes = moved[best]
-    return to_widths(space, genes[None])[0]
+    return np.asarray(to_widths(space, genes[None])[0])

@@ -1,7 +1,7 @@
 """Which networks to measure: those that teach most about how scores depend on widths.
 
 A D-optimal design has the largest determinant of the information matrix, so the smallest joint confidence region of a
-linear model's weights (Fedorov, Theory of Optimal Experiments, 1972). Here the weights are the slopes over the log widths.
+linear model's weights (Fedorov, Theory of Optimal Experiments, 1972). Here these are the slopes over the log widths.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def design_columns(space: SearchSpace, widths: IntArray, degree: int = 1) -> Flo
     return np.concatenate([np.ones((len(x), 1)), *(x**d for d in range(1, degree + 1))], axis=1)
 
 
-def d_optimal(
-    columns: FloatArray, n: int, rng: np.random.Generator, given: FloatArray | None = None
-) -> list[int]:
+def d_optimal(columns: FloatArray, n: int, rng: np.random.Generator, given: FloatArray | None = None) -> list[int]:
     """Choose rows that, with the given ones, make the determinant of the information matrix large.
 
     Rows are added one by one where the prediction is least certain, then exchanged while that helps.
@@ -52,7 +50,7 @@ def d_optimal(
     information = _RIDGE * np.eye(columns.shape[1])
     if given is not None:
         information += given.T @ given
-    covariance = np.linalg.inv(information)
+    covariance: FloatArray = np.asarray(np.linalg.inv(information), dtype=np.float64)
     tie = 1 + 1e-9 * rng.random(len(columns))
     free = np.ones(len(columns), dtype=bool)
     chosen: list[int] = []
@@ -64,7 +62,7 @@ def d_optimal(
     for _ in range(_PASSES):
         if not _exchange(columns, chosen, free, covariance, tie):
             break
-        covariance = np.linalg.inv(information + columns[chosen].T @ columns[chosen])
+        covariance = np.asarray(np.linalg.inv(information + columns[chosen].T @ columns[chosen]))
     return chosen
 
 

@@ -33,6 +33,8 @@ DEFAULT_MODEL = "log-linear"
 _WORK = 2_000_000
 _POOL = (1024, 8192)
 """A design looks at fewer candidates where there are many groups: its time grows with their square."""
+_MOST = 256
+"""Networks that are judged by default, at most; smoothed scores gain little beyond (docs/score-models.md)."""
 _ROUNDS = 4
 """Batches after the first design."""
 
@@ -43,14 +45,15 @@ class Guidance:
 
     Args:
         model: Name of a registered score model.
-        evaluations: Networks that the supernet judges, at most (and the chosen one).
+        evaluations: Networks that the supernet judges, at most (and the chosen one); if ``None``, as many as the
+            searcher alone would propose, up to 256.
         calibrate: Networks that ``train_fn`` trains.
         train_fn: Trains a network of given widths on its own and returns its accuracy (higher is better).
         options: Options of the model.
     """
 
     model: str
-    evaluations: int = 256
+    evaluations: int | None = None
     calibrate: int = 0
     train_fn: TrainFn | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -63,7 +66,7 @@ class Guidance:
             PluginError: If no model has that name.
         """
         SCORE_MODELS.get(self.model)
-        if self.evaluations < 2:
+        if self.evaluations is not None and self.evaluations < 2:
             raise OptionError(f"evaluations={self.evaluations}: a score model needs at least 2")
         if self.calibrate < 0 or self.calibrate == 1:
             raise OptionError(f"calibrate={self.calibrate}: 0 for none, or at least 2 stand-alone trainings")
@@ -79,7 +82,7 @@ class Guidance:
 def make_guidance(
     score_model: str | None,
     searcher: type[Searcher],
-    evaluations: int,
+    evaluations: int | None,
     calibrate: int,
     train_fn: TrainFn | None,
     options: Mapping[str, Any] | None,
@@ -151,8 +154,8 @@ def make_model(guidance: Guidance, space: SearchSpace) -> ScoreModel:
 class GuidedSearch:
     """One guided search.
 
-    Everything follows from the seed and from what was measured, in order; measurements come from the journal where it has
-    them. So a resumed search repeats the same decisions and goes on to the same result.
+    Everything follows from the seed and from what was measured, in order; measurements come from the journal where it
+    has them. So a resumed search repeats the same decisions and goes on to the same result.
 
     Args:
         guidance: How the model takes part.
@@ -195,7 +198,7 @@ class GuidedSearch:
         columns = design_columns(self.space, np.array([list(self.space.largest.values())]), 2).shape[1]
         pool = candidates(self.space, self.budget, self.rng, int(np.clip(_WORK // columns**2, *_POOL)))
         self._calibrate(pool)
-        n = self.guidance.evaluations
+        n = self.evaluations = self.guidance.evaluations or self._as_many_as_the_searcher()
         first = d_optimal(design_columns(self.space, pool, 2), max(2, n // 2), self.rng)
         self._judge_all(pool[first])
         batch = max(1, math.ceil((n - len(first)) / _ROUNDS))
@@ -204,8 +207,21 @@ class GuidedSearch:
             new = self._new(np.concatenate([ask_model(self.make_engine(), self.model, self.budget, 1.0), pool]))
             if not len(new):
                 break
-            self._judge_all(acquire(self.model, self.space, new, self._seen(), min(batch, n - len(self.trials)), self.rng))
+            self._judge_all(
+                acquire(self.model, self.space, new, self._seen(), min(batch, n - len(self.trials)), self.rng)
+            )
         return self._choose()
+
+    def _as_many_as_the_searcher(self) -> int:
+        """Count what the searcher proposes where all scores are equal."""
+        searcher, count = self.make_engine(), 0
+        while not searcher.done and count < _MOST:
+            asked = searcher.ask()
+            if not asked:
+                break
+            count += len(asked)
+            searcher.tell(asked, [0.0] * len(asked))
+        return min(max(count, 2), _MOST)
 
     def _choose(self) -> Guided:
         self._fit()
@@ -246,8 +262,8 @@ class GuidedSearch:
         )
         if not len(scores):
             raise ModelError(
-                f"none of the {len(self.trials)} networks inside the budget has a finite loss; the supernet diverged or "
-                "the held-out data holds NaN"
+                f"none of the {len(self.trials)} networks inside the budget has a finite loss; the supernet diverged "
+                "or the held-out data holds NaN"
             )
         self.model.fit(scores, real if len(real) else None)
 
@@ -269,7 +285,7 @@ class GuidedSearch:
         trial = Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
         self.trials.append(trial)
         for watch in self.watchers:
-            watch(trial, min(1.0, len(self.trials) / (self.guidance.evaluations + 1)))
+            watch(trial, min(1.0, len(self.trials) / (self.evaluations + 1)))
         return trial
 
     def _named(self, row: IntArray) -> WidthVector:

@@ -48,7 +48,7 @@ def search(
     on_trial: Callable[[Trial, float], None] | None = None,
     score_model: str | None = "auto",
     score_model_options: Mapping[str, Any] | None = None,
-    evaluations: int = 256,
+    evaluations: int | None = None,
     calibrate: int = 0,
     train_fn: TrainFn | None = None,
     **options: Any,
@@ -68,11 +68,12 @@ def search(
         resume: Continue an interrupted search; the result is the same as without the interruption.
         progress: Show a progress bar on a terminal.
         on_trial: Called after every judged width vector with the trial and the progress (0 to 1).
-        score_model: Name of a registered score model: the searcher then sees its predictions, and the supernet judges few
-            networks, where they help most. ``None`` lets the supernet judge every proposal. ``"auto"`` takes the default
-            model for searchers that compare scores.
+        score_model: Name of a registered score model: the searcher then sees its predictions, and the supernet judges
+            few networks, where they help most. ``None`` lets the supernet judge every proposal. ``"auto"`` takes the
+            default model for searchers that compare scores.
         score_model_options: Options of the model.
-        evaluations: With a score model, how many networks the supernet judges.
+        evaluations: With a score model, how many networks the supernet judges; by default as many as the searcher alone
+            would propose, but at most 256.
         calibrate: With a score model, how many networks are trained on their own, chosen by design.
         train_fn: Trains them: widths -> accuracy (higher is better).
         **options: Options of the searcher.
