@@ -22,7 +22,7 @@ class GaussianProcessModel(ScoreModel):
 
     Args:
         space: The widths to predict.
-        max_points: Fit on at most this many scores, evenly spread over those given: time grows with the cube.
+        max_points: Fit on at most this many scores, drawn with a fixed seed: time grows with the cube.
     """
 
     def __init__(self, space: SearchSpace, max_points: int = 256) -> None:
@@ -43,9 +43,9 @@ class GaussianProcessModel(ScoreModel):
         self._scores = self._shift = None
         self._rho = 1.0
         if len(scores):
-            kept = np.unique(
-                np.linspace(0, len(scores) - 1, min(len(scores), self.max_points)).round().astype(np.int64)
-            )
+            # A fixed draw: evenly spaced places would alias with the order in which a grid is listed.
+            order = np.random.default_rng(0).permutation(len(scores))
+            kept = np.sort(order[: self.max_points])
             self._scores = _Process(self._inputs(scores.widths[kept]), scores.values[kept])
         # Two calibrations are the fewest that fix a unit; with less, predictions are in units of the scores.
         if calibration is not None and (len(calibration) >= 2 or self._scores is None):
@@ -87,8 +87,8 @@ class _Process:
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 
         wide = (1e-4, 1e4)
-        kernel: Any = ConstantKernel(0.1, wide) * DotProduct(1.0, wide)
-        kernel += ConstantKernel(0.1, wide) * RBF(np.ones(x.shape[1]), (0.1, 100.0))
+        kernel: Any = ConstantKernel(0.1, wide) * DotProduct(1.0, "fixed")
+        kernel += ConstantKernel(0.1, wide) * RBF(np.ones(x.shape[1]), (0.05, 100.0))
         kernel += WhiteKernel(0.1, (1e-5, 10.0))
         self.mean, deviation = float(y.mean()), float(y.std())
         self.deviation = deviation if deviation > 0 else 1.0

@@ -199,7 +199,9 @@ def _libraries() -> dict[str, str]:
 
 
 def _print(rows: list[Row], table: Benchmark) -> None:
-    shown = Table(box=None, title=f"{table.bench.name}: {len(table.truth)} networks, budget {table.budget}, {table.seeds} seeds")
+    shown = Table(
+        box=None, title=f"{table.bench.name}: {len(table.truth)} networks, budget {table.budget}, {table.seeds} seeds"
+    )
     for heading in ("scores", "seen", "trained", "method", "tau", "± seeds", "regret", "expected", "unseen"):
         shown.add_column(heading, justify="left" if heading in ("scores", "trained", "method") else "right")
     for r in rows:
