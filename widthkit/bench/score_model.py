@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,11 @@ from widthkit.budget import Budget, Limit
 from widthkit.errors import DataError
 from widthkit.graph import IntArray
 from widthkit.search.design import d_optimal, design_columns
+from widthkit.search.evaluator import Judgement
+from widthkit.search.guided import Guidance, GuidedSearch
+from widthkit.search.journal import Journal
 from widthkit.search.score_model import SCORE_MODELS, FloatArray, Observations
+from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.version import versions
 
 EVALUATIONS = (64, 256, 1024)
@@ -87,15 +91,42 @@ class Benchmark:
         spread = float(np.std([f[0] for f in found]))
         return Row(scores, len(some), calibration, method, tau, spread, regret, expected, unseen)
 
+    def guided(self, scores: str, values: FloatArray, n: int, model: str) -> Row:
+        """Let a search choose what to evaluate, and pick; the published scores stand for the supernet."""
+        place = {tuple(w): i for i, w in enumerate(self.bench.widths.tolist())}
+        space, nobody = self.bench.space, np.zeros(0, dtype=np.int64)
+
+        def judge(widths: Mapping[str, int]) -> Judgement:
+            score = float(values[place[tuple(widths.values())]])
+            return Judgement(score, -score, None)
+
+        found = []
+        for seed in range(self.seeds):
+
+            def engine(seed: int = seed) -> Searcher:
+                return SEARCHERS.get("random")(space, self.budget, np.random.default_rng(seed))
+
+            search = GuidedSearch(Guidance(model, n), engine, space, self.budget, judge, Journal(None, ""), {})
+            pick = place[tuple(search.run(seed).widths.values())]
+            tau = self.judge(search.model.predict(self.bench.widths).mean, nobody, nobody)[0]
+            found.append([tau, *self.regrets(pick, nobody, nobody)])
+        tau, regret, expected, unseen = np.mean(found, axis=0).tolist()
+        return Row(
+            scores, n, "none", f"search, {model}", tau, float(np.std(found, axis=0)[0]), regret, expected, unseen
+        )
+
     def judge(self, prediction: FloatArray, real: IntArray, run: IntArray) -> tuple[float, float, float, float]:
         """Return tau, regret, expected regret and unseen regret of a prediction ``[n]``."""
         tau = float(kendalltau(prediction, self.truth).statistic)
         order = np.lexsort((self.bench.macs[self.inside], -prediction[self.inside]))
-        pick = self.inside[order[0]]
+        return tau, *self.regrets(int(self.inside[order[0]]), real, run)
+
+    def regrets(self, pick: int, real: IntArray, run: IntArray) -> tuple[float, float, float]:
+        """Return regret, expected regret and unseen regret of one network."""
         best = self.truth[self.inside].max()
         unseen = np.delete(self.bench.accuracy[pick], run[real == pick]).mean()
         expected = self.smooth[self.inside].max() - self.smooth[pick]
-        return tau, float(best - self.truth[pick]), float(expected), float(best - unseen)
+        return float(best - self.truth[pick]), float(expected), float(best - unseen)
 
     def _calibrated(self, how: str, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
         """Return which networks are trained, and which of its three runs each gets."""
@@ -180,6 +211,7 @@ def _of_scores(table: Benchmark, name: str, values: FloatArray, models: list[str
     rows = [table.row(name, values, everything, "none", "raw scores")]
     for n in (*EVALUATIONS, everything):
         rows += [table.row(name, values, n, "none", method) for method in ("ridge", *models)]
+    rows += [table.guided(name, values, n, model) for n in EVALUATIONS[:2] for model in models]
     for n in (256, everything):
         rows += [table.row(name, values, n, how, method) for how in ("random", "design") for method in models]
     return rows

@@ -12,8 +12,12 @@ from widthkit.search.score_model import FloatArray, Prediction, ScoreModel
 from widthkit.search.searcher import Searcher
 from widthkit.space import SearchSpace
 
-_SHORT_LIST = 4
-"""A batch is chosen from this many times as many candidates: the most promising ones, of which the most telling."""
+CURVES = 3
+"""Degree of the curves that a design of supernet evaluations must tell apart. Stand-alone trainings need lines only, but
+a supernet's scores bend: a design for lines or parabolas looks mostly at the ends, where they are worst."""
+_SHARE = 2
+"""A batch comes from the more promising half of the candidates. Closer to the optimum the model would learn the supernet's
+errors there and not the slopes: systematic errors do not average out (docs/score-models.md)."""
 _MOST_STEPS = 1000
 
 
@@ -47,8 +51,8 @@ def acquire(
     prediction = model.predict(pool)
     inside = model.predict(np.concatenate([pool, seen]))
     gain = expected_improvement(prediction, float(inside.mean.max()))
-    short = np.lexsort((np.arange(len(pool)), -prediction.mean, -gain))[: _SHORT_LIST * n]
-    columns, given = design_columns(space, pool[short], 2), design_columns(space, seen, 2)
+    short = np.lexsort((np.arange(len(pool)), -prediction.mean, -gain))[: max(n, len(pool) // _SHARE)]
+    columns, given = design_columns(space, pool[short], CURVES), design_columns(space, seen, CURVES)
     return pool[short][d_optimal(columns, n, rng, given)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from widthkit.budget import Budget
 from widthkit.errors import ModelError, OptionError
 from widthkit.graph import IntArray
-from widthkit.search.acquire import acquire, ask_model, climb
+from widthkit.search.acquire import CURVES, acquire, ask_model, climb
 from widthkit.search.design import candidates, d_optimal, design_columns
 from widthkit.search.evaluator import Judgement
 from widthkit.search.journal import Journal
@@ -195,11 +195,11 @@ class GuidedSearch:
             ModelError: If nothing finite was measured.
         """
         self.rng = np.random.default_rng([seed, len("score model")])
-        columns = design_columns(self.space, np.array([list(self.space.largest.values())]), 2).shape[1]
+        columns = design_columns(self.space, np.array([list(self.space.largest.values())]), CURVES).shape[1]
         pool = candidates(self.space, self.budget, self.rng, int(np.clip(_WORK // columns**2, *_POOL)))
         self._calibrate(pool)
         n = self.evaluations = self.guidance.evaluations or self._as_many_as_the_searcher()
-        first = d_optimal(design_columns(self.space, pool, 2), max(2, n // 2), self.rng)
+        first = d_optimal(design_columns(self.space, pool, CURVES), max(2, n // 2), self.rng)
         self._judge_all(pool[first])
         batch = max(1, math.ceil((n - len(first)) / _ROUNDS))
         while len(self.trials) < n:
