@@ -13,11 +13,11 @@ from widthkit.search.searcher import Searcher
 from widthkit.space import SearchSpace
 
 CURVES = 3
-"""Degree of the curves that a design of supernet evaluations must tell apart. Stand-alone trainings need lines only, but
-a supernet's scores bend: a design for lines or parabolas looks mostly at the ends, where they are worst."""
+"""Degree of the curves that a design of supernet evaluations must tell apart. Stand-alone trainings need lines only,
+but a supernet's scores bend: a design for lines or parabolas looks mostly at the ends, where they are worst."""
 _SHARE = 2
-"""A batch comes from the more promising half of the candidates. Closer to the optimum the model would learn the supernet's
-errors there and not the slopes: systematic errors do not average out (docs/score-models.md)."""
+"""A batch comes from the more promising half of the candidates. Closer to the optimum the model would learn the
+supernet's errors there and not the slopes: systematic errors do not average out (docs/score-models.md)."""
 _MOST_STEPS = 1000
 
 
@@ -35,7 +35,7 @@ def expected_improvement(prediction: Prediction, best: float) -> FloatArray:
 def acquire(
     model: ScoreModel, space: SearchSpace, pool: IntArray, seen: IntArray, n: int, rng: np.random.Generator
 ) -> IntArray:
-    """Choose the next batch: of those with the largest expected improvement, the ones that teach most.
+    """Choose the next batch: of the half with the largest expected improvement, the ones that teach most.
 
     Args:
         model: A fitted model.
