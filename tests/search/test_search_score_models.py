@@ -27,6 +27,7 @@ from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace
 
+DATA = Path(os.environ.get("WIDTHKIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 LOADER = [small_batch(seed) for seed in range(2)]
 
 
@@ -313,7 +314,7 @@ def test_damaged_tables_are_refused(tmp_path):
 
 
 def data():
-    folder = Path(os.environ.get("WIDTHKIT_DATA", "data")) / "channel-bench-macro"
+    folder = DATA / "channel-bench-macro"
     if not (folder / "Results_MobileNet.json").exists():
         pytest.skip(f"Channel-Bench-Macro is not in {folder}; WIDTHKIT_DATA names the folder of data sets")
     return folder
