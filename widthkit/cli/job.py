@@ -9,6 +9,7 @@ import typer
 
 from widthkit.cli.app import app
 from widthkit.cli.options import (
+    Alpha,
     Augment,
     BatchSize,
     Bins,
@@ -23,6 +24,7 @@ from widthkit.cli.options import (
     Epochs,
     Evaluations,
     FinalEpochs,
+    Fix,
     Freeze,
     ImageSize,
     Init,
@@ -36,6 +38,7 @@ from widthkit.cli.options import (
     Out,
     Precision,
     Pretrained,
+    Rank,
     Resume,
     Run,
     Schedule,
@@ -46,9 +49,11 @@ from widthkit.cli.options import (
     SearchImages,
     Seed,
     Seeds,
+    StageCount,
     StrategyName,
     StrategyOption,
     WeightDecay,
+    fixed_widths,
     pairs,
     read_widths,
 )
@@ -64,6 +69,7 @@ def train_command(
     limit: LimitImages = None,
     augment: Augment = False,
     pretrained: Pretrained = False,
+    rank: Rank = None,
     strategy: StrategyName = "bc",
     strategy_option: StrategyOption = None,
     k: Choices = 10,
@@ -71,6 +77,7 @@ def train_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
     epochs: Epochs = 10,
     batch_size: BatchSize = 128,
@@ -105,6 +112,8 @@ def search_command(
     evaluations: Evaluations = None,
     calibrate: Calibrate = 0,
     calibrate_epochs: CalibrateEpochs = 2,
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
@@ -119,6 +128,7 @@ def search_command(
     job.config.score_model, job.config.score_model_options = score_model, pairs(score_model_option)
     job.config.evaluations, job.config.calibrate = evaluations, calibrate
     job.config.calibrate_epochs = calibrate_epochs
+    job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
@@ -155,6 +165,7 @@ def slim_command(
     limit: LimitImages = None,
     augment: Augment = False,
     pretrained: Pretrained = False,
+    rank: Rank = None,
     strategy: StrategyName = "bc",
     strategy_option: StrategyOption = None,
     searcher: SearcherName = "greedy",
@@ -170,7 +181,10 @@ def slim_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     epochs: Epochs = 10,
     final_epochs: FinalEpochs = 10,
     seeds: Seeds = 1,
@@ -190,6 +204,8 @@ def slim_command(
     values = dict(locals())
     from widthkit.report.run import report_run, table_text
 
+    if stages > 1 and bins is None:
+        values["bins"] = alpha ** (stages - 1)  # the last stage then has bins with beta 1
     job = _start(values)
     net, splits = job.check(final=True)
     job.folder.begin(job.config, resume)
@@ -218,5 +234,6 @@ def _start(values: dict[str, Any]) -> Any:
     settings["searcher_options"] = pairs(values.get("searcher_option"))
     settings["score_model_options"] = pairs(values.get("score_model_option"))
     settings["mixed_precision"] = values["precision"]
+    settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)
     return Job(config, Folder(values["out"]))

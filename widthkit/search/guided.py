@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from widthkit.budget import Budget
 from widthkit.errors import ModelError, OptionError
 from widthkit.graph import IntArray
 from widthkit.search.acquire import CURVES, acquire, ask_model, climb
+from widthkit.search.band import BAND, fullest
 from widthkit.search.design import candidates, d_optimal, design_columns
 from widthkit.search.evaluator import Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.result import SearchResult, Trial
+from widthkit.search.rounds import from_first, judge_round
 from widthkit.search.score_model import SCORE_MODELS, Observations, ScoreModel
 from widthkit.search.searcher import Searcher, WidthVector
 from widthkit.space import SearchSpace
@@ -227,18 +230,28 @@ class GuidedSearch:
         self._fit()
         asked = ask_model(self.make_engine(), self.model, self.budget)
         pool = np.concatenate([asked, self._seen()])
-        fits = np.asarray(self.budget.usage(self.space.graph, pool)) <= 1
-        pool = pool[fits]
+        pool = np.concatenate(
+            [pool, climb(self.model, self.space, self.budget, asked[0] if len(asked) else pool[0])[None]]
+        )
+        pool = self._in_band(pool)
         # What diverged is not chosen, whatever the model expects of it.
         bad = {tuple(t.widths.values()) for t in self.trials if not math.isfinite(t.score)}
         pool = np.array([w for w in pool.tolist() if tuple(w) not in bad], dtype=np.int64).reshape(-1, pool.shape[1])
         order = np.argsort(-self.model.predict(pool).mean, kind="stable")
-        for start in (climb(self.model, self.space, self.budget, pool[order[0]]), *pool[order]):
+        for start in pool[order]:
             trial = self._measure(start)
             if math.isfinite(trial.score):
                 told = self.model.predict(np.asarray(start)[None])
                 return Guided(self.trials, trial.widths, float(told.mean[0]), float(told.std[0]), self.calibrations)
         raise ModelError("none of the networks that the score model prefers has a finite score")
+
+    def _in_band(self, pool: IntArray) -> IntArray:
+        """Keep what uses almost all of the budget, where the space has such points, and else what holds it."""
+        full = np.array([list(fullest(self.space, self.budget).widths.values())], dtype=np.int64)
+        pool = np.unique(np.concatenate([pool, full]), axis=0)
+        usage = np.asarray(self.budget.usage(self.space.graph, pool))
+        band = (usage > BAND) & (usage <= 1)
+        return np.asarray(pool[band if band.any() else usage <= 1])
 
     def _calibrate(self, pool: IntArray) -> None:
         train = self.guidance.train_fn
@@ -248,7 +261,7 @@ class GuidedSearch:
             widths = self._named(pool[row])
             key = "stand-alone " + json.dumps(widths, sort_keys=True)
             if key not in self.known:
-                accuracy = float(train(dict(widths)))
+                accuracy = float(from_first(partial(train, dict(widths))))
                 self.known[key] = Judgement(accuracy, math.nan, accuracy)
                 self.journal.add(key, self.known[key])
             self.calibrations.append((widths, self.known[key].score))
@@ -268,8 +281,16 @@ class GuidedSearch:
         self.model.fit(scores, real if len(real) else None)
 
     def _judge_all(self, widths: IntArray) -> None:
-        for row in widths:
-            self._measure(row)
+        vectors = {json.dumps(self._named(row), sort_keys=True): self._named(row) for row in widths}
+        fresh = [key for key in vectors if key not in self.known]
+        for place, found in judge_round(self.judge, [vectors[key] for key in fresh]):
+            self.known[fresh[place]] = found
+            self.journal.add(fresh[place], found)
+            self._show(self._trial(vectors[fresh[place]], found))
+        for key, named in vectors.items():
+            self.trials.append(self._trial(named, self.known[key]))
+            if key not in fresh:
+                self._show(self.trials[-1])
 
     def _measure(self, row: IntArray) -> Trial:
         """Judge one width vector, or find it among the trials."""
@@ -277,16 +298,16 @@ class GuidedSearch:
         old = next((t for t in self.trials if t.widths == widths), None)
         if old is not None:
             return old
-        key = json.dumps(widths, sort_keys=True)
-        if key not in self.known:
-            self.known[key] = self.judge(widths)
-            self.journal.add(key, self.known[key])
-        found, graph = self.known[key], self.space.graph
-        trial = Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
-        self.trials.append(trial)
+        self._judge_all(np.asarray(row)[None])
+        return self.trials[-1]
+
+    def _trial(self, widths: WidthVector, found: Judgement) -> Trial:
+        graph = self.space.graph
+        return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
+
+    def _show(self, trial: Trial) -> None:
         for watch in self.watchers:
             watch(trial, min(1.0, len(self.trials) / (self.evaluations + 1)))
-        return trial
 
     def _named(self, row: IntArray) -> WidthVector:
         return {name: int(width) for name, width in zip(self.space.names, row, strict=True)}
