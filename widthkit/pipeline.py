@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
@@ -37,6 +38,7 @@ from widthkit.models import create_model, input_channels
 from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
+from widthkit.search.guided import make_guidance, make_model
 from widthkit.search.run import make_searcher
 from widthkit.space import uniform_space
 from widthkit.stages import StagePlan, next_supernet, run_stages
@@ -73,6 +75,11 @@ class RunConfig(BaseModel):
         searcher: Searcher.
         searcher_options: Its options.
         search_images: Held-out images that every candidate is judged on, at most.
+        score_model: Score model that smooths the supernet's scores; ``auto`` for the default, ``none`` for none.
+        score_model_options: Its options.
+        evaluations: With a score model, networks that the supernet judges; the searcher's own number by default.
+        calibrate: With a score model, networks that are trained on their own.
+        calibrate_epochs: Epochs of each of these trainings.
         budget: What the slim network may cost.
         k: Evenly spaced choices per group.
         bins: FLOPs-sensitive bins with this beta, instead of ``k``.
@@ -115,6 +122,11 @@ class RunConfig(BaseModel):
     searcher: str = "greedy"
     searcher_options: dict[str, Any] = {}
     search_images: int = Field(default=2048, ge=1)
+    score_model: str = "auto"
+    score_model_options: dict[str, Any] = {}
+    evaluations: int | None = None
+    calibrate: int = 0
+    calibrate_epochs: int = Field(default=2, ge=1)
     budget: str = "0.5x"
     k: int = 10
     bins: float | None = None
@@ -290,7 +302,20 @@ class Job:
             budget = parse_budget(config.budget, graph)
             self._stage_plan(net).check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
+            self._guidance(net)
         return net, data
+
+    def _guidance(self, net: Supernet) -> None:
+        """Refuse a score model or its options before anything is trained."""
+        c = self.config
+        chosen = None if c.score_model == "none" else c.score_model
+        guidance = make_guidance(
+            chosen, SEARCHERS.get(c.searcher), c.evaluations, c.calibrate, lambda widths: 0.0, c.score_model_options
+        )
+        if guidance is not None:
+            make_model(guidance, net.space)
+        if c.calibrate:
+            self._settings(c.calibrate_epochs).check()
 
     def _rank_batches(self, data: DataSplits) -> Iterable[Any]:
         count = min(self.config.rank_images, len(data.train))  # type: ignore[arg-type]
@@ -428,6 +453,11 @@ class Job:
             resume=True,
             progress=self.progress,
             device=c.device,
+            score_model=None if c.score_model == "none" else c.score_model,
+            score_model_options=c.score_model_options,
+            evaluations=c.evaluations,
+            calibrate=c.calibrate,
+            train_fn=lambda widths: self.stand_alone(widths, net, data),
             **c.searcher_options,
         )
         used = budget.usage(net.graph, result.widths)
@@ -435,6 +465,19 @@ class Job:
         if "remark" in result.settings:
             self.say(f"search: {result.settings['remark']}")
         return result
+
+    def stand_alone(self, widths: dict[str, int], net: Supernet, data: DataSplits) -> float:
+        """Train a network of given widths briefly from fresh weights, or continue; return its held-out accuracy."""
+        c = self.config
+        slim = export(self.fresh_model(data, c.seed), widths, graph=net.graph)
+        name = hashlib.sha256(json.dumps(widths, sort_keys=True).encode()).hexdigest()[:16]
+        loader = make_loader(data.train, c.batch_size, train=True, seed=c.seed)
+        out = self.folder.path / "calibration" / name
+        train(slim, loader, c.calibrate_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
+        recalibrate(slim, make_loader(data.train, c.batch_size, train=False))
+        found = evaluate(slim, make_loader(data.valid, 512, train=False), device=c.device)
+        self.say(f"calibration: {net.graph.macs(widths) / net.graph.macs():.1%} of the MACs, {found['accuracy']:.2%}")
+        return float(found["accuracy"])
 
     def final_network(self, name: str, widths: dict[str, int], net: Supernet, data: DataSplits, seed: int) -> nn.Module:
         """Train one network of given widths with one seed, or continue, and return it."""

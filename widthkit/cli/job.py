@@ -14,12 +14,15 @@ from widthkit.cli.options import (
     BatchSize,
     Bins,
     BudgetText,
+    Calibrate,
+    CalibrateEpochs,
     Choices,
     Data,
     DataDir,
     Device,
     Divisor,
     Epochs,
+    Evaluations,
     FinalEpochs,
     Fix,
     Freeze,
@@ -39,6 +42,8 @@ from widthkit.cli.options import (
     Resume,
     Run,
     Schedule,
+    ScoreModelName,
+    ScoreModelOption,
     SearcherName,
     SearcherOption,
     SearchImages,
@@ -102,6 +107,11 @@ def search_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
     stages: StageCount = 1,
     alpha: Alpha = 2.0,
     resume: Resume = False,
@@ -115,6 +125,9 @@ def search_command(
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
     job.config.search_images = search_images
+    job.config.score_model, job.config.score_model_options = score_model, pairs(score_model_option)
+    job.config.evaluations, job.config.calibrate = evaluations, calibrate
+    job.config.calibrate_epochs = calibrate_epochs
     job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
@@ -158,6 +171,11 @@ def slim_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
     k: Choices = 10,
     bins: Bins = None,
     min_width: MinWidth = "0.1x",
@@ -214,6 +232,7 @@ def _start(values: dict[str, Any]) -> Any:
     settings["model_options"] = pairs(values.get("model_option"))
     settings["strategy_options"] = pairs(values.get("strategy_option"))
     settings["searcher_options"] = pairs(values.get("searcher_option"))
+    settings["score_model_options"] = pairs(values.get("score_model_option"))
     settings["mixed_precision"] = values["precision"]
     settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)
