@@ -13,7 +13,6 @@ from widthkit.errors import OptionError
 from widthkit.search.searcher import Searcher, WidthVector
 from widthkit.space import SearchSpace
 
-
 _BATCH = 3
 """Candidates that a lazy round judges at a time: together they share what is the same."""
 _REMEMBERED = 200
@@ -27,9 +26,9 @@ class GreedySearcher(Searcher):
     One pass visits every budget on the way, so the result's Pareto set is a whole trade-off curve. Ties go to the
     group that saves more.
 
-    Two options judge less and may decide differently. A lazy round judges first what cost least when it was last judged,
-    and stops when nothing else can be expected to cost less, as lazy greedy selection does (Minoux, 1978). A race judges
-    on a part of the data, and only those that lead on all of it.
+    Two options judge less and may decide differently. A lazy round judges first what cost least when it was last
+    judged, and stops when nothing else can be expected to cost less, as lazy greedy selection does (Minoux, 1978). A
+    race judges on a part of the data, and only those that lead on all of it.
 
     Args:
         space: The widths to choose from.

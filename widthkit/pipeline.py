@@ -35,6 +35,7 @@ from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
 from widthkit.search.run import make_searcher
+from widthkit.search.sharing import parse_memory
 from widthkit.space import uniform_space
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.timing import forward_latency
@@ -66,6 +67,7 @@ class RunConfig(BaseModel):
         searcher: Searcher.
         searcher_options: Its options.
         search_images: Held-out images that every candidate is judged on, at most.
+        search_memory: Most memory for what candidates that are judged together share.
         budget: What the slim network may cost.
         k: Evenly spaced choices per group.
         bins: FLOPs-sensitive bins with this beta, instead of ``k``.
@@ -103,6 +105,7 @@ class RunConfig(BaseModel):
     searcher: str = "greedy"
     searcher_options: dict[str, Any] = {}
     search_images: int = Field(default=2048, ge=1)
+    search_memory: str = "2GB"
     budget: str = "0.5x"
     k: int = 10
     bins: float | None = None
@@ -248,6 +251,7 @@ class Job:
         if config.seeds < 1 or config.final_epochs < 0:
             raise OptionError("seeds must be at least 1 and final epochs at least 0")
         SEARCHERS.get(config.searcher)
+        parse_memory(config.search_memory)
         self._settings(config.epochs).check()
         if final and config.final_epochs:
             self._settings(config.final_epochs).check()
@@ -366,6 +370,7 @@ class Job:
             resume=True,
             progress=self.progress,
             device=c.device,
+            memory=c.search_memory,
             **c.searcher_options,
         )
         share = result.macs / result.full["macs"]

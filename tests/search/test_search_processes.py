@@ -38,7 +38,8 @@ if task == "other data":
         print("refused:", error)
     sys.exit()
 seen = []
-found = quiet(sys.argv[2] + ("" if rank == 0 else "-other"), seed=rank, resume=True, on_trial=lambda t, p: seen.append(t))
+out = sys.argv[2] + ("" if rank == 0 else "-other")
+found = quiet(out, seed=rank, resume=True, on_trial=lambda t, p: seen.append(t))
 print(len(seen), found.score.hex())
 """
 

@@ -62,7 +62,7 @@ class Branching(Chain):
     most = 1e9
 
     def forward(self, x):
-        for i, (conv, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+        for conv, norm in zip(self.layers, self.norms, strict=True):
             y = F.relu(norm(conv(x)))
             MEANS.append(float(y.mean()))
             TAKEN.append(float(y.mean()) > self.most or bool(y.amin() > 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def measure(name: str, size: int, batch: int, repeats: int, memory: str, device:
     for _ in range(repeats):
         together = judge.many(candidates)
         for _ in candidates:
-            (place, shared), seconds = _timed(lambda: next(together), device)
+            (place, shared), seconds = _timed(partial(next, together), device)
             times["shared"].append(seconds)
-            plain, seconds = _timed(lambda: alone(candidates[place]), device)
+            plain, seconds = _timed(partial(alone, candidates[place]), device)
             times["plain"].append(seconds)
             assert plain == shared, "a shared loss differs from the plain one"
     bound, attainable = bounds(net.graph, candidates)

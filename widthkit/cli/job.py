@@ -39,6 +39,7 @@ from widthkit.cli.options import (
     SearcherName,
     SearcherOption,
     SearchImages,
+    SearchMemory,
     Seed,
     Seeds,
     StrategyName,
@@ -95,23 +96,27 @@ def search_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    search_memory: SearchMemory = "2GB",
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
     from widthkit.pipeline import Folder, Job
     from widthkit.search.run import describe
+    from widthkit.train.parallel import process_index
 
     folder = Folder(run)
     job = Job(folder.config(), folder)
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
-    job.config.search_images = search_images
+    job.config.search_images, job.config.search_memory = search_images, search_memory
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
     job.train_supernet(net, splits)
-    typer.echo(describe(job.search_widths(net, splits)))
-    typer.echo(f"next: widthkit export {run}")
+    result = job.search_widths(net, splits)
+    if process_index() == 0:
+        typer.echo(describe(result))
+        typer.echo(f"next: widthkit export {run}")
 
 
 @app.command("export")
@@ -147,6 +152,7 @@ def slim_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    search_memory: SearchMemory = "2GB",
     k: Choices = 10,
     bins: Bins = None,
     min_width: MinWidth = "0.1x",
