@@ -39,7 +39,9 @@ def spec_of(dims: Mapping[int, IntArray]) -> Spec:
         if last - first + 1 == len(index):
             found.append((dim, slice(first, last + 1)))
         else:
-            found.append((dim, torch.from_numpy(index)))
+            # Plans are kept: one that was first used while judging must serve training later.
+            with torch.inference_mode(False):
+                found.append((dim, torch.from_numpy(index)))
     return tuple(found)
 
 

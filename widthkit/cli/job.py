@@ -9,6 +9,7 @@ import typer
 
 from widthkit.cli.app import app
 from widthkit.cli.options import (
+    Alpha,
     Augment,
     BatchSize,
     Bins,
@@ -20,6 +21,7 @@ from widthkit.cli.options import (
     Divisor,
     Epochs,
     FinalEpochs,
+    Fix,
     Freeze,
     ImageSize,
     Init,
@@ -33,6 +35,7 @@ from widthkit.cli.options import (
     Out,
     Precision,
     Pretrained,
+    Rank,
     Resume,
     Run,
     Schedule,
@@ -42,9 +45,11 @@ from widthkit.cli.options import (
     SearchMemory,
     Seed,
     Seeds,
+    StageCount,
     StrategyName,
     StrategyOption,
     WeightDecay,
+    fixed_widths,
     pairs,
     read_widths,
 )
@@ -60,6 +65,7 @@ def train_command(
     limit: LimitImages = None,
     augment: Augment = False,
     pretrained: Pretrained = False,
+    rank: Rank = None,
     strategy: StrategyName = "bc",
     strategy_option: StrategyOption = None,
     k: Choices = 10,
@@ -67,6 +73,7 @@ def train_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
     epochs: Epochs = 10,
     batch_size: BatchSize = 128,
@@ -97,6 +104,8 @@ def search_command(
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
     search_memory: SearchMemory = "2GB",
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
@@ -109,6 +118,7 @@ def search_command(
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
     job.config.search_images, job.config.search_memory = search_images, search_memory
+    job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
@@ -147,6 +157,7 @@ def slim_command(
     limit: LimitImages = None,
     augment: Augment = False,
     pretrained: Pretrained = False,
+    rank: Rank = None,
     strategy: StrategyName = "bc",
     strategy_option: StrategyOption = None,
     searcher: SearcherName = "greedy",
@@ -158,7 +169,10 @@ def slim_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     epochs: Epochs = 10,
     final_epochs: FinalEpochs = 10,
     seeds: Seeds = 1,
@@ -178,6 +192,8 @@ def slim_command(
     values = dict(locals())
     from widthkit.report.run import report_run, table_text
 
+    if stages > 1 and bins is None:
+        values["bins"] = alpha ** (stages - 1)  # the last stage then has bins with beta 1
     job = _start(values)
     net, splits = job.check(final=True)
     job.folder.begin(job.config, resume)
@@ -205,5 +221,6 @@ def _start(values: dict[str, Any]) -> Any:
     settings["strategy_options"] = pairs(values.get("strategy_option"))
     settings["searcher_options"] = pairs(values.get("searcher_option"))
     settings["mixed_precision"] = values["precision"]
+    settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)
     return Job(config, Folder(values["out"]))

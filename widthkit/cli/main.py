@@ -8,6 +8,8 @@ from typing import Any
 
 import widthkit.cli.bench
 import widthkit.cli.job
+import widthkit.cli.plot
+import widthkit.cli.space
 import widthkit.cli.trace  # noqa: F401
 from widthkit.cli.app import app
 from widthkit.errors import WidthkitError

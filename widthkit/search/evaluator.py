@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from widthkit.train.calibrate import batch_statistics
 from widthkit.train.losses import accuracy
 from widthkit.train.modes import batch_size as count_samples
 from widthkit.train.modes import checked_device, model_device
+from widthkit.train.rng import seeded
 
 Loss = Callable[[Any, Any], Tensor]
 Batch = tuple[Any, Any, int]
@@ -60,6 +62,8 @@ class Evaluator:
         loss: The criterion.
         batch_size: Examples per forward pass; batch statistics want many (2,048 in the papers).
         device: Where to run; the supernet moves there. Its own device by default.
+        training: Run in training mode, for models that return their losses only then, such as detectors. What they
+            draw at random is the same for every width vector.
         memory: Most memory for values that :meth:`many` keeps from one sub-network for the next, such as ``"2GB"``.
         share: Whether :meth:`many` lets sub-networks share what is the same.
 
@@ -81,10 +85,12 @@ class Evaluator:
         *,
         batch_size: int = 2048,
         device: Any = None,
+        training: bool = False,
         memory: str | int = "2GB",
         share: bool = True,
     ) -> None:
         self.net = net
+        self.training = training
         if batch_size < 1:
             raise OptionError(f"batch_size={batch_size}: it must be at least 1")
         self.loss = loss
@@ -113,6 +119,16 @@ class Evaluator:
             sum(losses) / len(losses),
             float(self.net.strategy.combine(known)) if known else None,
         )
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Flags and running statistics are put back by the scope of batch statistics around this one."""
+        if not self.training:
+            yield
+            return
+        with seeded(0):
+            self.net.model.train()
+            yield
 
     def many(self, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement]]:
         """Judge several width vectors, each as calling the evaluator would, but what they share is computed once.
@@ -156,7 +172,8 @@ class Evaluator:
         return self._fractions[fraction]
 
     def _shares(self, vectors: Sequence[Any]) -> bool:
-        return self.share and not self.unshared and len(vectors) > 1
+        # A network that merges runs its branches whole, with units taken away where they are read: nothing is sliced.
+        return self.share and not self.training and not self.unshared and not self.net.merges and len(vectors) > 1
 
     def _judge(self, units: Any, done: Sequence[Part | None] = ()) -> tuple[float, float | None]:
         parts = [
@@ -173,7 +190,7 @@ class Evaluator:
     def _part(self, batch: Batch, run: Callable[[Any], Any]) -> Part:
         """Return loss and accuracy on one batch."""
         inputs, targets, _ = batch
-        with torch.inference_mode(), batch_statistics(self.net.model):
+        with torch.inference_mode(), batch_statistics(self.net.model), self._training_mode():
             outputs = run(inputs)
             return float(self.loss(outputs, targets)), accuracy(outputs, targets)
 

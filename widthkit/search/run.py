@@ -18,9 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from widthkit.budget import Budget, parse_budget, show_count
 from widthkit.errors import BudgetError, ModelError, OptionError
-from widthkit.graph import ChannelGraph
+from widthkit.graph import ChannelGraph, IntArray
+from widthkit.search.band import BAND
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
+from widthkit.search.fill import best_inside, filler, remark
 from widthkit.search.journal import Journal
+from widthkit.search.providers import Offer, provided
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.rounds import check_same, from_first, judge_round, launched
 from widthkit.search.searcher import SEARCHERS, Searcher
@@ -42,6 +45,7 @@ def search(
     seed: int = 0,
     batch_size: int = 2048,
     device: Any = None,
+    training: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -49,7 +53,7 @@ def search(
     on_trial: Callable[[Trial, float], None] | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Find the best widths under a budget.
+    """Find the best widths under a budget, among those that use more than 97% of it where the space has any.
 
     Under ``torchrun`` or ``accelerate launch`` all processes judge, each its share of the candidates; the result is the
     same as with one process, and only the first writes files.
@@ -58,11 +62,13 @@ def search(
         net: A trained supernet.
         loader: Held-out batches ``(inputs, targets)``.
         budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, or several.
-        searcher: Name of a registered searcher.
+        searcher: Name of a registered searcher. A supernet whose strategy chooses widths in training needs none: its
+            widths are judged once and returned, and ``settings["units"]`` names the units.
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
         seed: Seeds the searcher.
         batch_size: Examples per forward pass; batch statistics want many.
         device: Where to judge; the supernet moves there. Its own device by default.
+        training: Judge in training mode, for models that return their losses only then, such as detectors.
         out: Folder for ``search.json`` and the journal that ``resume`` reads.
         resume: Continue an interrupted search; the result is the same as without the interruption.
         progress: Show a progress bar on a terminal.
@@ -72,37 +78,55 @@ def search(
         **options: Options of the searcher.
 
     Raises:
-        BudgetError: If even the narrowest network exceeds the budget.
+        BudgetError: If even the narrowest network exceeds the budget, or the widths that training chose do.
         CheckpointError: If ``resume`` finds a journal of another search.
         ModelError: If no network inside the budget got a finite score.
     """
     limit = parse_budget(budget, net.graph)
     limit.check(net.space)
     rng = np.random.default_rng(seed)
-    engine = make_searcher(searcher, net, limit, rng, options)
     criterion = loss or cross_entropy()
+    chosen = net.chosen()
+    if chosen is not None:
+        check_chosen(net, limit, chosen)
+    engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
     with launched(device) as place:
-        judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, memory=memory)
+        judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, training=training, memory=memory)
         broadcast_module(net)
-        identity = _identity(net, judge, criterion, settings)
-        check_same(identity)
         first = process_index() == 0
-        journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
-        known = from_first(journal.read) if resume else {}
-        with _show(progress and first) as shown:
-            watchers = [f for f in (shown, on_trial) if f and first]
-            trials = run_loop(engine, net.graph, judge, journal, known, watchers)
-        result = _result(net, limit, trials, settings)
+        if chosen is not None:
+            result = _policy_result(net, limit, judge, chosen, settings)
+        else:
+            identity = _identity(net, judge, criterion, settings)
+            check_same(identity)
+            journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
+            known = from_first(journal.read) if resume else {}
+            with _show(progress and first) as shown:
+                watchers = [f for f in (shown, on_trial) if f and first]
+                trials = run_loop(engine, net.graph, judge, journal, known, watchers)
+                rest = filler(net.space, limit, trials, seed)
+                if rest is not None:
+                    trials += run_loop(rest, net.graph, judge, journal, known, watchers)
+            settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
+            result = _result(net, limit, trials, settings)
+            why = remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)
+            if why is not None:
+                result.settings["remark"] = why
         if out is not None:
             from_first(lambda: result.save(Path(out) / "search.json"))
     return result
 
 
 def make_searcher(
-    name: str, net: Supernet, budget: Budget, rng: np.random.Generator, options: Mapping[str, Any]
+    name: str,
+    net: Supernet,
+    budget: Budget,
+    rng: np.random.Generator,
+    options: Mapping[str, Any],
+    offer: Offer | None = None,
 ) -> Searcher:
-    """Build a registered searcher for a supernet's space.
+    """Build a registered searcher for a supernet's space, with what it asks for of an offer.
 
     Raises:
         PluginError: If no searcher has that name.
@@ -116,10 +140,16 @@ def make_searcher(
         shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
         raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
     try:
-        return cls(net.space, budget, rng, **options)
+        return cls(net.space, budget, rng, **options, **provided(cls, offer or Offer(net), options))
     except (TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
+
+
+def history_of(name: str, net: Supernet) -> dict[str, Any]:
+    """Return the widths that trained best, if a searcher asks for them: its result then depends on them."""
+    wanted = "history" in inspect.signature(SEARCHERS.get(name)).parameters
+    return {"history": net.width_history.records} if wanted else {}
 
 
 def run_loop(
@@ -168,6 +198,34 @@ def run_loop(
     return trials
 
 
+def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) -> None:
+    """Refuse a budget that the widths chosen in training exceed.
+
+    Raises:
+        BudgetError: If so.
+    """
+    widths = {name: len(units) for name, units in chosen.items()}
+    if not budget.fits(net.graph, widths):
+        macs, params = net.graph.macs(widths), net.graph.params(widths)
+        raise BudgetError(
+            f"training chose widths of {show_count(macs)} MACs and {show_count(params)} params, which exceeds the "
+            f"budget {budget}; train again for this budget"
+        )
+
+
+def _policy_result(
+    net: Supernet, budget: Budget, judge: Any, chosen: Mapping[str, IntArray], settings: dict[str, Any]
+) -> SearchResult:
+    """Report what training chose, judged once; there is nothing to search."""
+    widths = {name: len(units) for name, units in chosen.items()}
+    found = judge(widths)
+    macs, params = net.graph.macs(widths), net.graph.params(widths)
+    trial = Trial(widths, found.score, found.loss, found.accuracy, macs, params)
+    result = _result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
+    result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
+    return result
+
+
 def _key(widths: Mapping[str, int], fraction: float) -> str:
     """Name a judgement in the journal."""
     return json.dumps(widths if fraction == 1 else {"fraction": fraction, "widths": widths}, sort_keys=True)
@@ -186,13 +244,12 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
     inside = [t for t in trials if budget.fits(net.graph, t.widths)]
     if not inside:
         raise BudgetError(f"no judged network was inside the budget {budget}; the searcher proposed {len(trials)}")
-    finite = [t for t in inside if math.isfinite(t.score)]
-    if not finite:
+    best = best_inside(net.space, budget, inside, BAND) or best_inside(net.space, budget, inside)
+    if best is None:
         raise ModelError(
             f"none of the {len(inside)} networks inside the budget has a finite loss; the supernet diverged or the "
             "held-out data holds NaN"
         )
-    best = max(finite, key=lambda t: (t.score, -t.macs))
     full = {"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()}
     return SearchResult(
         best.widths,
@@ -205,7 +262,11 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
         settings["seed"],
         full,
         trials,
-        {"options": settings["options"], "strategy": repr(net.strategy), "space_size": str(net.space.size)},
+        {
+            **{name: value for name, value in settings.items() if name in ("options", "history")},
+            "strategy": repr(net.strategy),
+            "space_size": str(net.space.size),
+        },
     )
 
 
@@ -213,8 +274,9 @@ def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str
     """Hash what judgements depend on: settings, space, weights, criterion and held-out data."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
     digest.update(repr([(g.name, g.options) for g in net.space.groups]).encode())
+    digest.update(repr(history_of(settings["searcher"], net)).encode())
     digest.update(repr((net.strategy, getattr(loss, "__qualname__", type(loss).__qualname__))).encode())
-    for name, tensor in net.model.state_dict().items():
+    for name, tensor in net.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     for inputs, targets, n in judge.batches:
@@ -244,4 +306,5 @@ def describe(result: SearchResult) -> str:
     return (
         f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
         f"{accuracy}, {len(result.trials)} networks judged{lost}"
+        + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
     )
