@@ -40,6 +40,7 @@ from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
 from widthkit.search.guided import make_guidance, make_model
 from widthkit.search.run import make_searcher
+from widthkit.search.sharing import parse_memory
 from widthkit.space import uniform_space
 from widthkit.stages import StagePlan, next_supernet, run_stages
 from widthkit.strategy import make_strategy
@@ -80,6 +81,7 @@ class RunConfig(BaseModel):
         evaluations: With a score model, networks that the supernet judges; the searcher's own number by default.
         calibrate: With a score model, networks that are trained on their own.
         calibrate_epochs: Epochs of each of these trainings.
+        search_memory: Most memory for what candidates that are judged together share.
         budget: What the slim network may cost.
         k: Evenly spaced choices per group.
         bins: FLOPs-sensitive bins with this beta, instead of ``k``.
@@ -127,6 +129,7 @@ class RunConfig(BaseModel):
     evaluations: int | None = None
     calibrate: int = 0
     calibrate_epochs: int = Field(default=2, ge=1)
+    search_memory: str = "2GB"
     budget: str = "0.5x"
     k: int = 10
     bins: float | None = None
@@ -275,6 +278,7 @@ class Job:
         if config.seeds < 1 or config.final_epochs < 0:
             raise OptionError("seeds must be at least 1 and final epochs at least 0")
         SEARCHERS.get(config.searcher)
+        parse_memory(config.search_memory)
         self._settings(config.epochs).check()
         if final and config.final_epochs:
             self._settings(config.final_epochs).check()
@@ -458,6 +462,7 @@ class Job:
             evaluations=c.evaluations,
             calibrate=c.calibrate,
             train_fn=lambda widths: self.stand_alone(widths, net, data),
+            memory=c.search_memory,
             **c.searcher_options,
         )
         used = budget.usage(net.graph, result.widths)

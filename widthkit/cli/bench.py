@@ -131,6 +131,8 @@ def bench_greedy(
     from widthkit.bench.greedy import DEFAULT, run
 
     run(models or DEFAULT, size, batch, repeats, memory, device, out)
+
+
 @bench.command("search")
 def bench_search(
     searchers: Annotated[
@@ -147,3 +149,21 @@ def bench_search(
     from widthkit.bench.search import run
 
     run(searchers or ["evolution", "greedy", "random"], seeds, evaluations, epochs, model, limit, out)
+
+
+@bench.command("lazy")
+def bench_lazy(
+    model: Annotated[str, typer.Option(help="Model to train thinly on digits; takes width_mult")] = (
+        "torchvision/mobilenet_v2"
+    ),
+    seeds: Annotated[int, typer.Option(help="Supernets")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each")] = 3,
+    k: Annotated[int, typer.Option(help="Choices per group")] = 4,
+    image_size: Annotated[int, typer.Option(help="Image size")] = 16,
+    budget: Annotated[str, typer.Option(help="Budget of the searches")] = "0.6x",
+    out: JsonFile = None,
+) -> None:
+    """Compare greedy's lazy rounds and races with the plain loop: work, and whether the final widths are the same."""
+    from widthkit.bench.lazy import run
+
+    run(model, seeds, epochs, k, image_size, budget, out)

@@ -47,6 +47,7 @@ from widthkit.cli.options import (
     SearcherName,
     SearcherOption,
     SearchImages,
+    SearchMemory,
     Seed,
     Seeds,
     StageCount,
@@ -112,6 +113,7 @@ def search_command(
     evaluations: Evaluations = None,
     calibrate: Calibrate = 0,
     calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
     stages: StageCount = 1,
     alpha: Alpha = 2.0,
     resume: Resume = False,
@@ -119,22 +121,25 @@ def search_command(
     """Search widths in a trained supernet."""
     from widthkit.pipeline import Folder, Job
     from widthkit.search.run import describe
+    from widthkit.train.parallel import process_index
 
     folder = Folder(run)
     job = Job(folder.config(), folder)
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
-    job.config.search_images = search_images
     job.config.score_model, job.config.score_model_options = score_model, pairs(score_model_option)
     job.config.evaluations, job.config.calibrate = evaluations, calibrate
     job.config.calibrate_epochs = calibrate_epochs
+    job.config.search_images, job.config.search_memory = search_images, search_memory
     job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
     job.train_supernet(net, splits)
-    typer.echo(describe(job.search_widths(net, splits)))
-    typer.echo(f"next: widthkit export {run}")
+    result = job.search_widths(net, splits)
+    if process_index() == 0:
+        typer.echo(describe(result))
+        typer.echo(f"next: widthkit export {run}")
 
 
 @app.command("export")
@@ -176,6 +181,7 @@ def slim_command(
     evaluations: Evaluations = None,
     calibrate: Calibrate = 0,
     calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
     k: Choices = 10,
     bins: Bins = None,
     min_width: MinWidth = "0.1x",
