@@ -119,6 +119,9 @@ class Program:
         weights: Parameters and buffers, each once.
         batch: Examples of the traced run.
         batched: Whether the model runs at other batch sizes.
+        example: The inputs of the run; tensors are replaced by :class:`Slot`.
+        keywords: Whether ``example`` is one mapping of keyword arguments.
+        inputs: The tensors among the inputs.
     """
 
     calls: tuple[OpCall, ...]
@@ -126,6 +129,9 @@ class Program:
     weights: tuple[TensorSpec, ...]
     batch: int
     batched: bool
+    example: tuple[Any, ...] = ()
+    keywords: bool = False
+    inputs: tuple[TensorSpec, ...] = ()
 
     def extra(self, batch: int) -> int:
         """Return how many examples more than in the traced run a batch has.

@@ -17,7 +17,7 @@ from widthkit.program import Block, Dim, OpCall, Program, Slot, TensorSpec, fixe
 from widthkit.trace.build import affine_forms
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.draft import Draft
-from widthkit.trace.inputs import Inputs
+from widthkit.trace.inputs import Inputs, Keywords
 from widthkit.trace.labels import Labels
 from widthkit.trace.watch import Seen, SeenBlock, watch
 
@@ -62,6 +62,7 @@ class _Builder:
         self.run = draft.run
         self.model = draft.model
         self.batch = draft.batch
+        self.example = draft.inputs
         self.n_groups = len(graph.group_names)
         self.graph = graph
         self.seen = seen
@@ -97,7 +98,22 @@ class _Builder:
                 position = block.owner[1]
                 blocks.append(self._block(block, outputs[position] if position >= 0 else inputs[-1 - position]))
             blocks += _scratch(calls[-1], number)
-        return Program(tuple(calls), tuple(blocks), self._weights(), self.batch, self.doubled)
+        example = self.example
+        tensors = flat_tensors(example)
+        other = [tuple(t.shape) for t in flat_tensors(double_batch(example))] if self.doubled else None
+        inputs = tuple(
+            self._spec(t, other[i] if other is not None else tuple(t.shape)) for i, t in enumerate(tensors)
+        )
+        return Program(
+            tuple(calls),
+            tuple(blocks),
+            self._weights(),
+            self.batch,
+            self.doubled,
+            _template(example, iter(range(len(tensors)))),
+            len(example) == 1 and isinstance(example[0], Keywords),
+            inputs,
+        )
 
     def _block(self, block: SeenBlock, spec: TensorSpec) -> Block:
         extra = self.batch if self.doubled else 0
