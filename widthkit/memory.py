@@ -36,7 +36,7 @@ class MemoryModel:
     _products: dict[tuple[int, str | None], tuple[_Sizes, _Sizes]] = field(default_factory=dict, repr=False)
 
     def total(self, widths: IntArray, *, batch: int = 1, dtype: str | None = None) -> Any:
-        """Bytes of weights plus peak activations at widths ``[..., groups]``; arguments as :meth:`ChannelGraph.memory`."""
+        """Bytes of weights plus peak activations at widths ``[..., groups]``; see :meth:`ChannelGraph.memory`."""
         return self.weights(widths, dtype=dtype) + self.activations(widths, batch=batch, dtype=dtype)
 
     def weights(self, widths: IntArray, *, dtype: str | None = None) -> Any:
@@ -86,12 +86,12 @@ class MemoryModel:
         calls = np.arange(len(program.calls), dtype=np.int64)
         alive = (born[:, None] <= calls) & (calls < died[:, None])
         # Lifetimes are intervals: what is alive after a call without a death before the next birth is a subset.
-        kept = []
-        for p in calls:
+        kept: list[int] = []
+        for p in calls.tolist():
             inside_next = p + 1 < len(calls) and not (alive[:, p] & ~alive[:, p + 1]).any()
             inside_last = bool(kept) and not (alive[:, p] & ~alive[:, kept[-1]]).any()
             if not inside_next and not inside_last:
-                kept.append(int(p))
+                kept.append(p)
         points = np.array(kept, dtype=np.int64)
         return points, alive[:, points].astype(np.float64)
 

@@ -34,6 +34,7 @@ from widthkit.models import create_model, input_channels
 from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
+from widthkit.search.measured import describe_rows, network_of
 from widthkit.search.run import make_searcher
 from widthkit.space import uniform_space
 from widthkit.supernet import Supernet, make_supernet
@@ -270,10 +271,20 @@ class Job:
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
         if search:
-            budget = parse_budget(config.budget, graph)
+            budget = self._budget(net)
             budget.check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
         return net, data
+
+    def _budget(self, net: Supernet) -> Budget:
+        return parse_budget(self.config.budget, net.graph, lambda widths: network_of(net, widths))
+
+    def _uniform(self, net: Supernet, macs: int) -> dict[str, int]:
+        """Shrink uniformly to the searched network's MACs, or as far as a budget in memory or latency allows."""
+        budget = self._budget(net)
+        if any(limit.kind in ("memory", "latency") for limit in budget.limits):
+            return uniform_widths(net.space, budget)
+        return self.uniform(net.graph, macs)
 
     def _settings(self, epochs: int) -> Settings:
         options = {name: value for name, value in self.config.training().items() if name != "device"}
@@ -370,6 +381,8 @@ class Job:
         )
         share = result.macs / result.full["macs"]
         self.say(f"search: {len(result.trials)} networks judged; best uses {share:.1%} of the MACs")
+        for phrase in describe_rows(result.measured):
+            self.say(f"search: {phrase}")
         return result
 
     def final_network(self, name: str, widths: dict[str, int], net: Supernet, data: DataSplits, seed: int) -> nn.Module:
@@ -399,7 +412,7 @@ class Job:
         result = self.search_widths(net, data)
         chosen = {
             "dense": net.graph.full,
-            "uniform": self.uniform(net.graph, result.macs),
+            "uniform": self._uniform(net, result.macs),
             "searched": result.widths,
         }
         table, networks = [], {}
@@ -419,6 +432,8 @@ class Job:
             "latency": {"input_shape": list(shape), "device": device, "threads": torch.get_num_threads()},
             "table": table,
             "widths": chosen,
+            "measured": result.measured,
+            "notes": result.notes,
         }
         atomic_json(self.folder.path / "results.json", results)
         return results

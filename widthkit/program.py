@@ -120,7 +120,6 @@ class Program:
         batch: Examples of the traced run.
         batched: Whether the model runs at other batch sizes.
         example: The inputs of the run; tensors are replaced by :class:`Slot`.
-        keywords: Whether ``example`` is one mapping of keyword arguments.
         inputs: The tensors among the inputs.
     """
 
@@ -130,7 +129,6 @@ class Program:
     batch: int
     batched: bool
     example: tuple[Any, ...] = ()
-    keywords: bool = False
     inputs: tuple[TensorSpec, ...] = ()
 
     def extra(self, batch: int) -> int:

@@ -30,7 +30,14 @@ SearcherName = Annotated[str, typer.Option("--searcher", help="Searcher; see wid
 StrategyOption = Annotated[list[str] | None, typer.Option(help="Option of the strategy, as NAME=VALUE (JSON)")]
 SearcherOption = Annotated[list[str] | None, typer.Option(help="Option of the searcher, as NAME=VALUE (JSON)")]
 SearchImages = Annotated[int, typer.Option(min=1, help="Held-out images that every candidate is judged on, at most")]
-BudgetText = Annotated[str, typer.Option("--budget", help="0.5x, 2.0GMACs, 3.1Mparams, or several with commas")]
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="0.5x, 2.0GMACs, 3.1Mparams, memory like 12MB or 12MB@batch=16,bf16, latency like "
+        "1.8ms@cuda:0,batch=8,channels_last; several with commas",
+    ),
+]
 Choices = Annotated[int, typer.Option("--k", help="Evenly spaced choices per group")]
 Bins = Annotated[float | None, typer.Option(help="FLOPs-sensitive bins with this beta, instead of --k")]
 MinWidth = Annotated[str, typer.Option(help="Narrowest width, as a ratio")]

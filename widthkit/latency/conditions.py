@@ -96,7 +96,7 @@ def _read(word: str, found: Conditions, text: str) -> tuple[str, Conditions]:
             raise BudgetError(f"budget '{text}': '{word}' is no batch size; write a whole number from 1, like batch=8")
         return "batch size", replace(found, batch=int(number))
     if _DEVICE.match(word) and _is_device(word):
-        return "device", replace(found, device=word)
+        return "device", replace(found, device="cpu" if word.startswith("cpu") else word)
     raise BudgetError(f"budget '{text}': '{word}' is neither {WORDS}")
 
 

@@ -44,9 +44,10 @@ def design(largest: Sequence[int]) -> list[tuple[int, ...]]:
     n = len(largest)
     if n == 0:
         return [()]
+    aligned: list[tuple[float, ...]]
+    ragged: list[tuple[float, ...]]
     if n == 1:
-        shares: list[tuple[float, ...]] = [(1.0,), (0.7,), (0.45,), (0.25,), (0.05,)]
-        aligned, ragged = shares[:4], [(0.9,), (0.7,), (0.45,), (0.05,)]
+        aligned, ragged = [(1.0,), (0.7,), (0.45,), (0.25,)], [(0.9,), (0.7,), (0.45,), (0.05,)]
     elif n == 2:
         aligned = list(itertools.product((1.0, 0.5, 0.25), repeat=2))
         ragged = [(0.9, 0.9), (0.6, 0.3), (0.3, 0.6), (0.15, 0.5), (0.5, 0.15), (0.08, 0.08), (0.9, 0.45), (0.45, 0.9)]
@@ -86,7 +87,9 @@ def features(sizes: FloatArray, contracts: bool) -> FloatArray:
         pairs = [(i, j) for i in range(n) for j in range(i, n)] if n == 1 else [(0, 1)]
         for i, j in pairs:
             columns += [(kind[..., i] * kind[..., j])[..., None] for kind in (sizes, blocks)]
-            columns.append(np.where((ragged[..., i] + ragged[..., j]) > 0, sizes[..., i] * sizes[..., j], 0.0)[..., None])
+            columns.append(
+                np.where((ragged[..., i] + ragged[..., j]) > 0, sizes[..., i] * sizes[..., j], 0.0)[..., None]
+            )
     return np.concatenate(columns, axis=-1)
 
 

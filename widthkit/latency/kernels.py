@@ -22,7 +22,19 @@ from widthkit.program import OpCall, Program, TensorSpec, is_floating
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Shape = tuple["int | str", ...]
-CONTRACTIONS = ("conv", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product", "mv", "dot")
+CONTRACTIONS = (
+    "conv",
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "scaled_dot_product",
+    "mv",
+    "dot",
+)
 _FOLLOWS = {"groups": "conv", "normalized_shape": "layer_norm"}
 """Arguments that follow the sizes, and the operators that have them."""
 
@@ -37,7 +49,7 @@ class Kernel:
         kwargs: Keyword arguments.
         inputs: Shape and type of every tensor among them; a size that varies is ``"n0"``, ``"n1"``...
         outputs: The same of the results.
-        conditions: Device, type and memory format, as text; the batch size is in the shapes.
+        conditions: Kind of device and memory format, as text; batch size and types are in the shapes.
     """
 
     operator: str
@@ -120,7 +132,7 @@ def _use(call: OpCall, conditions: Conditions, extra: int) -> Use:
     def shape(spec: TensorSpec) -> tuple[Shape, str]:
         sizes: list[int | str] = []
         for dim in spec.dims:
-            form = dim.form * dim.scale(extra)
+            form = np.asarray(dim.form * dim.scale(extra), dtype=np.float64)
             if not dim.varies:
                 sizes.append(round(float(form[0])))
                 continue
@@ -133,7 +145,8 @@ def _use(call: OpCall, conditions: Conditions, extra: int) -> Use:
 
     inputs, outputs = tuple(map(shape, call.inputs)), tuple(map(shape, call.outputs))
     args, kwargs = _without_sizes(call)
-    text = f"{conditions.device or 'cpu'} {'channels_last' if conditions.channels_last else 'contiguous'}"
+    kind = (conditions.device or "cpu").partition(":")[0]
+    text = f"{kind} {'channels_last' if conditions.channels_last else 'contiguous'}"
     kernel = Kernel(call.operator, args, kwargs, inputs, outputs, text)
     width = len(call.inputs[0].dims[0].form) if call.inputs and call.inputs[0].dims else 1
     return Use(kernel, np.stack(forms) if forms else np.zeros((0, width)), 1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -134,8 +133,17 @@ class LatencyModel:
 
     def measure_ms(self, networks: Mapping[str, nn.Module], repeats: int = 9) -> dict[str, float]:
         """Measure whole networks in turns: name -> milliseconds."""
-        seconds = self._measure(networks, self.program, self.conditions, repeats)
-        return {name: 1000 * value for name, value in seconds.items()}
+        return {name: 1000 * value for name, value in self._seconds(networks, repeats).items()}
+
+    def _seconds(self, networks: Mapping[str, nn.Module], repeats: int = 9) -> dict[str, float]:
+        try:
+            return self._measure(networks, self.program, self.conditions, repeats)
+        except (RuntimeError, NotImplementedError, MemoryError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())[:160]
+            raise BudgetError(
+                f"the network does not run under {self.conditions} ({type(error).__name__}: {why}); "
+                "choose another batch size, type or memory format"
+            ) from error
 
     @property
     def correction(self) -> Correction:
@@ -184,7 +192,7 @@ class LatencyModel:
             return
         self._reach = widest if self._reach is None else np.maximum(widest, self._reach)
         self._curves = curves(self.uses, self._reach, self.conditions, self.cache, **self._options)
-        self._packed = Packed.of(self.uses, self._curves)
+        self._packed = Packed.of(self.uses, self._curves, self._reach)
 
     def _corrected(self) -> Correction:
         rows = self.cache.networks(self.key)
@@ -201,16 +209,19 @@ class LatencyModel:
     def _whole_networks(self, build: Build) -> list[dict[str, Any]]:
         chosen = spread_widths(self.graph, _NETWORKS)
         networks = {str(i): build(widths) for i, widths in enumerate(chosen)}
-        seconds = self._measure(networks, self.program, self.conditions)
+        seconds = self._seconds(networks)
         return [{"widths": widths, "seconds": seconds[str(i)]} for i, widths in enumerate(chosen)]
 
 
 def spread_widths(graph: ChannelGraph, n: int, seed: int = 0) -> list[dict[str, int]]:
     """Choose ``n`` width vectors: the model itself, then random ones from narrow to wide."""
-    rng = np.random.default_rng(seed)
-    found = [graph.full]
-    for i in range(1, n):
-        middle = 0.15 + 0.8 * i / n
+    return [graph.full, *random_widths(graph, np.linspace(0.2, 0.9, n - 1).tolist(), np.random.default_rng(seed))]
+
+
+def random_widths(graph: ChannelGraph, middles: Sequence[float], rng: np.random.Generator) -> list[dict[str, int]]:
+    """Draw one width vector around every middle ratio; the ratios of its groups spread by 0.2."""
+    found = []
+    for middle in middles:
         shares = np.clip(rng.normal(middle, 0.2, len(graph.group_names)), 0.1, 1.0)
         widths = np.maximum(1, np.rint(shares * graph.group_widths)).astype(int)
         found.append(dict(zip(graph.group_names, widths.tolist(), strict=True)))

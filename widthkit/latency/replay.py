@@ -16,6 +16,7 @@ from widthkit.latency.conditions import Conditions
 from widthkit.latency.kernels import Kernel, argument_names, find_operator
 from widthkit.program import Program, Slot, TensorSpec, is_floating
 from widthkit.timing import interleaved, keep_pages
+from widthkit.trace.recorder import call as call_model
 
 _TARGET = 1e-3
 """Seconds of one batch of calls: long for the clock, short for the scheduler of a busy machine."""
@@ -70,8 +71,8 @@ def network_seconds(
         Name -> seconds of one pass.
     """
     device = conditions.device or "cpu"
-    example = _example(program, conditions)
-    passes = {name: _pass(_placed(network, conditions), example, program.keywords) for name, network in networks.items()}
+    example = example_inputs(program, conditions)
+    passes = {name: _pass(placed(network, conditions), example) for name, network in networks.items()}
 
     def best(run: Callable[[], object]) -> Callable[[], float]:
         def several() -> float:
@@ -162,6 +163,8 @@ def _call(kernel: Kernel, tensors: list[Tensor]) -> Callable[[], object]:
 def _filled(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Slot):
         return tensors[value.index]
+    if isinstance(value, dict):
+        return type(value)((name, _filled(item, tensors)) for name, item in value.items())
     return [_filled(item, tensors) for item in value] if isinstance(value, tuple) else value
 
 
@@ -182,20 +185,19 @@ def _refresher(kernel: Kernel, tensors: list[Tensor]) -> Callable[[], object] | 
     return lambda: [t.copy_(k) for t, k in zip(tensors, kept, strict=True)]
 
 
-def _placed(network: nn.Module, conditions: Conditions) -> nn.Module:
+def placed(network: nn.Module, conditions: Conditions) -> nn.Module:
+    """Put a network where it is deployed: device, type, memory format, eval mode."""
     dtype = getattr(torch, conditions.dtype) if conditions.dtype else None
     network = network.eval().to(device=conditions.device or "cpu", dtype=dtype)
     return network.to(memory_format=torch.channels_last) if conditions.channels_last else network  # type: ignore[call-overload,no-any-return]
 
 
-def _example(program: Program, conditions: Conditions) -> Any:
+def example_inputs(program: Program, conditions: Conditions) -> tuple[Any, ...]:
+    """Return inputs like those of the traced run, at the batch size, type and memory format of the conditions."""
     extra = program.extra(conditions.batch)
     tensors = [_tensor(_full(spec, extra), _kind(spec, conditions), conditions) for spec in program.inputs]
-    return _filled(program.example, tensors) if not program.keywords else _named(program.example[0], tensors)
-
-
-def _named(example: Mapping[str, Any], tensors: list[Tensor]) -> dict[str, Any]:
-    return {name: _filled(value, tensors) for name, value in example.items()}
+    filled: tuple[Any, ...] = tuple(_filled(value, tensors) for value in program.example)
+    return filled
 
 
 def _kind(spec: TensorSpec, conditions: Conditions) -> str:
@@ -206,5 +208,5 @@ def _full(spec: TensorSpec, extra: int) -> tuple[int, ...]:
     return tuple(round(float(d.form[0]) * d.scale(extra)) for d in spec.dims)
 
 
-def _pass(network: nn.Module, example: Any, keywords: bool) -> Callable[[], object]:
-    return (lambda: network(**example)) if keywords else (lambda: network(*example))
+def _pass(network: nn.Module, example: tuple[Any, ...]) -> Callable[[], object]:
+    return lambda: call_model(network, example)

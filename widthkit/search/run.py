@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from widthkit.errors import BudgetError, ModelError, OptionError
 from widthkit.graph import ChannelGraph
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
 from widthkit.search.journal import Journal
+from widthkit.search.measured import describe_rows, measure_result, network_of, remarks
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.supernet import Supernet
@@ -52,7 +54,8 @@ def search(
     Args:
         net: A trained supernet.
         loader: Held-out batches ``(inputs, targets)``.
-        budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, or several.
+        budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, ``"12MB"``, ``"1.8ms@cpu"``, or several; see
+            :func:`widthkit.budget.parse_budget`.
         searcher: Name of a registered searcher.
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
         seed: Seeds the searcher.
@@ -69,7 +72,7 @@ def search(
         CheckpointError: If ``resume`` finds a journal of another search.
         ModelError: If no network inside the budget got a finite score.
     """
-    limit = parse_budget(budget, net.graph)
+    limit = parse_budget(budget, net.graph, lambda widths: network_of(net, widths))
     limit.check(net.space)
     rng = np.random.default_rng(seed)
     engine = make_searcher(searcher, net, limit, rng, options)
@@ -82,7 +85,7 @@ def search(
     known = journal.read() if resume else {}
     with _show(progress) as shown:
         trials = run_loop(engine, net.graph, judge, journal, known, [f for f in (shown, on_trial) if f])
-    result = _result(net, limit, trials, settings)
+    result = with_measurements(_result(net, limit, trials, settings), net, limit)
     if out is not None:
         result.save(Path(out) / "search.json")
     return result
@@ -182,6 +185,12 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
     )
 
 
+def with_measurements(result: SearchResult, net: Supernet, budget: Budget) -> SearchResult:
+    """Measure the best network where the budget is in memory or latency, and note what disappoints."""
+    rows = measure_result(net, budget, result.widths)
+    return replace(result, measured=rows, notes=remarks(rows, result.macs, result.full["macs"]))
+
+
 def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str, Any]) -> str:
     """Hash what judgements depend on: settings, space, weights, criterion and held-out data."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
@@ -209,10 +218,12 @@ def _show(progress: bool) -> AbstractContextManager[Callable[[Trial, float], Non
 
 
 def describe(result: SearchResult) -> str:
-    """One line for people: what was found, at which cost."""
+    """Say for people what was found, at which cost; one line, and one more per note."""
     share = result.macs / result.full["macs"]
     accuracy = "" if result.accuracy is None else f", accuracy in the supernet {result.accuracy:.1%}"
+    measured = "".join(f"; {phrase}" for phrase in describe_rows(result.measured))
+    notes = "".join(f"\nnote: {note}" for note in result.notes)
     return (
         f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
-        f"{accuracy}, {len(result.trials)} networks judged"
+        f"{accuracy}, {len(result.trials)} networks judged{measured}{notes}"
     )

@@ -17,7 +17,7 @@ from widthkit.program import Block, Dim, OpCall, Program, Slot, TensorSpec, fixe
 from widthkit.trace.build import affine_forms
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.draft import Draft
-from widthkit.trace.inputs import Inputs, Keywords
+from widthkit.trace.inputs import Inputs
 from widthkit.trace.labels import Labels
 from widthkit.trace.watch import Seen, SeenBlock, watch
 
@@ -101,9 +101,7 @@ class _Builder:
         example = self.example
         tensors = flat_tensors(example)
         other = [tuple(t.shape) for t in flat_tensors(double_batch(example))] if self.doubled else None
-        inputs = tuple(
-            self._spec(t, other[i] if other is not None else tuple(t.shape)) for i, t in enumerate(tensors)
-        )
+        inputs = tuple(self._spec(t, other[i] if other is not None else tuple(t.shape)) for i, t in enumerate(tensors))
         return Program(
             tuple(calls),
             tuple(blocks),
@@ -111,7 +109,6 @@ class _Builder:
             self.batch,
             self.doubled,
             _template(example, iter(range(len(tensors)))),
-            len(example) == 1 and isinstance(example[0], Keywords),
             inputs,
         )
 
@@ -164,5 +161,5 @@ def _template(value: Any, counter: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_template(item, counter) for item in value)
     if isinstance(value, dict):
-        return {key: _template(item, counter) for key, item in value.items()}
+        return type(value)((key, _template(item, counter)) for key, item in value.items())
     return value
