@@ -15,14 +15,12 @@ from widthkit.bench.files import write
 from widthkit.export import export
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.latency import Conditions, LatencyModel
-from widthkit.latency.model import random_widths
+from widthkit.latency.model import NETWORKS, random_widths, spread_widths
 from widthkit.models import create_model
 from widthkit.trace import trace
 
 DEFAULT = ["torchvision/resnet18", "torchvision/mobilenet_v2", "timm/efficientnet_b0"]
 FloatArray = npt.NDArray[np.float64]
-_TOGETHER = 20
-"""Networks that are measured in turns; more would push one another out of memory."""
 
 
 def run(models: list[str], size: int, conditions: Conditions, networks: int, out: Path | None, seed: int = 1) -> None:
@@ -43,43 +41,46 @@ def run(models: list[str], size: int, conditions: Conditions, networks: int, out
         rows.append(row)
         console.print(
             f"{name} {size}x{size}: median error {row['median_error']:.1%}, largest {row['largest_error']:.1%} "
-            f"(from MACs alone {row['macs_only_median_error']:.1%}), rank correlation {row['kendall_tau']:.2f}; {networks} networks of {min(row['measured_ms']):.1f} to "
-            f"{max(row['measured_ms']):.1f} ms; operators {row['tables_s']:.0f} s, networks for the correction "
-            f"{row['correction_s']:.0f} s, one prediction {row['predict_one_ms']:.2f} ms, 1000 at once "
-            f"{row['predict_1000_ms']:.0f} ms",
+            f"(from MACs alone {row['macs_only_median_error']:.1%}), rank correlation {row['kendall_tau']:.2f}; "
+            f"{networks} networks of {min(row['measured_ms']):.1f} to {max(row['measured_ms']):.1f} ms; "
+            f"operators {row['tables_s']:.0f} s, whole networks {row['networks_s']:.0f} s, "
+            f"one prediction {row['predict_one_ms']:.2f} ms, 1000 at once {row['predict_1000_ms']:.0f} ms",
             highlight=False,
         )
     write(out, "predict", rows, conditions.device or "cpu", conditions=str(conditions), image_size=size, seed=seed)
 
 
 def measure(name: str, size: int, conditions: Conditions, networks: int, seed: int) -> dict[str, Any]:
-    """Measure one model: tables and correction first (if the cache lacks them), then unseen networks."""
+    """Measure one model: tables first (if the cache lacks them), then whole networks in turns.
+
+    The networks of the correction and those that it has not seen take turns, so that a machine that changes its speed
+    between two measurements is no error of the prediction.
+    """
     model = create_model(name).eval()
     graph = trace(model, (1, 3, size, size))
-    latency = LatencyModel(graph, conditions, lambda widths: export(model, widths, graph=graph))
+    latency = LatencyModel(graph, conditions)
     start = time.perf_counter()
     latency.sums(graph.vector())
     tables = time.perf_counter()
-    error = latency.correction.error
-    corrected = time.perf_counter()
-    rng = np.random.default_rng(seed)
+    known, rng = spread_widths(graph, NETWORKS), np.random.default_rng(seed)
     drawn = random_widths(graph, rng.uniform(0.15, 0.95, networks).tolist(), rng)
+    built = {str(i): export(model, widths, graph=graph) for i, widths in enumerate([*known, *drawn])}
+    times = list(latency.measure_ms(built).values())
+    latency.correct(known, times[: len(known)])
+    measured = times[len(known) :]
     predicted = latency.predict_ms(drawn)
-    measured: list[float] = []
-    for i in range(0, networks, _TOGETHER):
-        part = {str(j): export(model, widths, graph=graph) for j, widths in enumerate(drawn[i : i + _TOGETHER])}
-        measured += latency.measure_ms(part).values()
+    end = time.perf_counter()
     return {
         "model": name,
         **_errors(np.asarray(predicted), np.array(measured)),
         "predicted_ms": np.asarray(predicted).tolist(),
-        "measured_ms": measured,
+        "measured_ms": [float(ms) for ms in measured],
         "macs": [graph.macs(widths) for widths in drawn],
         "macs_only_median_error": _macs_only(latency, graph, drawn, np.array(measured)),
-        "correction_error": error,
+        "correction_error": latency.correction.error,
         "copied": latency.copied,
         "tables_s": tables - start,
-        "correction_s": corrected - tables,
+        "networks_s": end - tables,
         **_speed(latency, graph.vector(drawn)),
         "on": latency.device,
         "threads": torch.get_num_threads(),

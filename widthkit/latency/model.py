@@ -25,7 +25,7 @@ from widthkit.latency.tables import curves
 
 FloatArray = npt.NDArray[np.float64]
 Build = Callable[[Mapping[str, int]], nn.Module]
-_NETWORKS = 10
+NETWORKS = 10
 """Whole networks that the correction is fitted on."""
 _OVERHEAD = 2e-6
 """Seconds per operator call that a table of operators cannot see, until whole networks say it."""
@@ -145,6 +145,13 @@ class LatencyModel:
                 "choose another batch size, type or memory format"
             ) from error
 
+    def correct(self, widths: Sequence[Mapping[str, int]], milliseconds: Sequence[float]) -> None:
+        """Fit the correction on networks that were measured elsewhere, and keep them for the next time."""
+        rows = [{"widths": dict(w), "seconds": ms / 1000} for w, ms in zip(widths, milliseconds, strict=True)]
+        self.cache.add_networks(self.key, rows)
+        self.cache.save()
+        self._correction = None
+
     @property
     def correction(self) -> Correction:
         """What the sums are corrected with."""
@@ -207,7 +214,7 @@ class LatencyModel:
         return Correction.fit(self.sums(vectors), np.array([row["seconds"] for row in rows]), overhead)
 
     def _whole_networks(self, build: Build) -> list[dict[str, Any]]:
-        chosen = spread_widths(self.graph, _NETWORKS)
+        chosen = spread_widths(self.graph, NETWORKS)
         networks = {str(i): build(widths) for i, widths in enumerate(chosen)}
         seconds = self._seconds(networks)
         return [{"widths": widths, "seconds": seconds[str(i)]} for i, widths in enumerate(chosen)]

@@ -20,12 +20,12 @@ from widthkit.trace.recorder import call as call_model
 
 _TARGET = 1e-3
 """Seconds of one batch of calls: long for the clock, short for the scheduler of a busy machine."""
-_BATCHES = 7
+_BATCHES = 3
 _MOST_CALLS = 256
 _IN_PLACE_CALLS = 24
 """In-place operators are repeated fewer times in a row: numbers halved for ever become denormal, and slow."""
 _PASSES = 3
-"""Passes in a row of which the fastest counts for a round, in whole networks."""
+"""Passes in a row of one network: the first of them finds its weights pushed out of the caches by another's."""
 
 
 def kernel_seconds(kernel: Kernel, sizes: Sequence[int], conditions: Conditions) -> float:
@@ -59,7 +59,7 @@ def copy_seconds(kernel: Kernel, sizes: Sequence[int], conditions: Conditions) -
 def network_seconds(
     networks: Mapping[str, nn.Module], program: Program, conditions: Conditions, repeats: int = 9
 ) -> dict[str, float]:
-    """Time whole networks in turns: the median over rounds of the fastest of three passes in a row.
+    """Time whole networks in turns, three passes in a row each; the fastest pass counts, as for operators.
 
     Args:
         networks: Name -> network; moved to the device and cast. They are the caller's to throw away.
@@ -85,7 +85,7 @@ def network_seconds(
         rounds: dict[str, list[float]] = {name: [] for name in passes}
         calls = {name: _noting(best(run), rounds[name]) for name, run in passes.items()}
         interleaved(calls, repeats=repeats, warmup=1, device=device)
-    return {name: sorted(values[1:])[len(values[1:]) // 2] for name, values in rounds.items()}
+    return {name: min(values[1:]) for name, values in rounds.items()}
 
 
 def quiet(device: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,7 +15,8 @@ from widthkit.latency.replay import copy_seconds, kernel_seconds, quiet
 
 Clock = Callable[[Kernel, Sequence[int], Conditions], float]
 Say = Callable[[str], None]
-_SAVE_SECONDS = 20
+_SWEEPS = 3
+"""How often all points are gone through: what else runs on a machine comes and goes within seconds."""
 _COVERED = 0.95
 
 
@@ -57,14 +57,13 @@ def curves(
         n_points = sum(map(len, missing.values()))
         say(f"latency: timing {len(missing)} operators at {n_points} sizes on {cache.device['device']}, once")
         quiet(conditions.device or "cpu")
-    saved = time.monotonic()
-    for key, points in missing.items():
-        table, copied = _measured(kernels[key], points, conditions, clock, copy_clock)
-        cache.add(key, kernels[key].label, table, copied)
-        if time.monotonic() - saved > _SAVE_SECONDS:
-            cache.save()
-            saved = time.monotonic()
-    if missing:
+        copied: set[str] = set()
+        found: dict[str, Table] = {}
+        for _ in range(_SWEEPS):
+            for key, points in missing.items():
+                _sweep(kernels[key], points, found.setdefault(key, {}), copied, conditions, clock, copy_clock)
+        for key, table in found.items():
+            cache.add(key, kernels[key].label, table, key in copied)
         cache.save()
     return {key: Curve.of(cache.table(key), kernel.contracts) for key, kernel in kernels.items()}
 
@@ -77,12 +76,26 @@ def _missing(table: Table, largest: IntArray) -> list[tuple[int, ...]]:
     return [point for point in design(largest.tolist()) if point not in table]
 
 
-def _measured(
-    kernel: Kernel, points: Sequence[tuple[int, ...]], conditions: Conditions, clock: Clock, copy_clock: Clock
-) -> tuple[Table, bool]:
-    if kernel.copies:
-        return {point: copy_clock(kernel, point, conditions) for point in points}, False
-    try:
-        return {point: clock(kernel, point, conditions) for point in points}, False
-    except Exception:  # an argument that follows the widths in a way that its shapes do not tell
-        return {point: copy_clock(kernel, point, conditions) for point in points}, True
+def _sweep(
+    kernel: Kernel,
+    points: Sequence[tuple[int, ...]],
+    table: Table,
+    copied: set[str],
+    conditions: Conditions,
+    clock: Clock,
+    copy_clock: Clock,
+) -> None:
+    """Time a kernel at all points once; the least of all sweeps stays in the table."""
+    for point in points:
+        seconds = None
+        if not kernel.copies and kernel.key not in copied:
+            try:
+                seconds = clock(kernel, point, conditions)
+            except Exception:  # an argument that follows the widths in a way that its shapes do not tell
+                copied.add(kernel.key)
+                table.clear()
+                return _sweep(kernel, points, table, copied, conditions, clock, copy_clock)
+        if seconds is None:
+            seconds = copy_clock(kernel, point, conditions)
+        table[point] = min(seconds, table.get(point, seconds))
+    return None
