@@ -6,6 +6,7 @@ at which it is alive. What is alive after a call is a sum of such products; the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -56,7 +57,7 @@ class MemoryModel:
     def _alive_bytes(self, widths: IntArray, batch: int, dtype: str | None) -> FloatArray:
         _, blocks = self._sizes(batch, dtype)
         _, alive = self._points
-        rows = widths.reshape(-1, self.n_groups)
+        rows = widths.reshape(math.prod(widths.shape[:-1]), self.n_groups)
         step = max(1, _CHUNK // max(alive.shape[0], 1))
         parts = [blocks.bytes(rows[i : i + step]) @ alive for i in range(0, len(rows), step)]
         return np.concatenate(parts).reshape(*widths.shape[:-1], alive.shape[1])

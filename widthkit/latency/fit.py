@@ -58,7 +58,7 @@ def design(largest: Sequence[int]) -> list[tuple[int, ...]]:
         ragged = [tuple(rng.uniform(0.1, 1.0, n).tolist()) for _ in range(5)]
     found = {tuple(_aligned(s, m) for s, m in zip(point, largest, strict=True)) for point in aligned}
     found |= {tuple(_ragged(s, m) for s, m in zip(point, largest, strict=True)) for point in ragged}
-    return sorted(found)
+    return sorted(found | {tuple(largest)})
 
 
 def _aligned(share: float, most: int) -> int:

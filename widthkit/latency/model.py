@@ -194,7 +194,7 @@ class LatencyModel:
 
     def _prepare_tables(self, vectors: IntArray) -> None:
         """Measure what is missing up to the widest of these widths, and never less than the model itself."""
-        widest = np.maximum(vectors.reshape(-1, len(self.graph.group_names)).max(axis=0), self.graph.group_widths)
+        widest = np.maximum(vectors.max(axis=tuple(range(vectors.ndim - 1)), initial=0), self.graph.group_widths)
         if self._reach is not None and (widest <= self._reach).all():
             return
         self._reach = widest if self._reach is None else np.maximum(widest, self._reach)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,7 +122,7 @@ class Packed:
 
     def seconds(self, widths: IntArray) -> tuple[FloatArray, FloatArray]:
         """Return seconds ``[...]`` of contractions and of other operators at widths ``[..., groups]``."""
-        rows = widths.reshape(-1, widths.shape[-1]).astype(np.float64)
+        rows = widths.reshape(math.prod(widths.shape[:-1]), widths.shape[-1]).astype(np.float64)
         total = {True: np.zeros(len(rows)), False: np.zeros(len(rows))}
         for part in self.parts:
             step = max(1, _CHUNK // max(part.cells, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,17 +27,32 @@ _SCRATCH = {"aten.max_pool2d.default": "int64", "aten.max_pool3d.default": "int6
 
 def with_program(draft: Draft, graph: ChannelGraph) -> ChannelGraph:
     """Return the graph with the program of its run; without one where the model does not run twice alike."""
-    n_calls = len(draft.run.trail)
-    names = [str(func) for func, _, _, _ in draft.run.calls[:n_calls]]
-    twice = _watched(draft, double_batch(draft.inputs))
-    once = None if twice is not None and twice.names == names else _watched(draft, draft.inputs)
-    seen = once or twice
-    if seen is None or seen.names != names:
-        note = "two runs of the model call different operators, so memory and latency of its widths are not known"
-        return dataclasses.replace(graph, notes=(*graph.notes, note))
-    forms = affine_forms(draft.model, draft.seeds, draft.solve(), graph)
-    builder = _Builder(draft, graph, seen, forms, doubled=once is None)
-    return dataclasses.replace(graph, program=builder.build())
+    names = [str(func) for func, _, _, _ in draft.run.calls[: len(draft.run.trail)]]
+    for doubled in (True, False):
+        seen = _watched(draft, double_batch(draft.inputs) if doubled else draft.inputs)
+        numbers = None if seen is None else align(names, seen.names)
+        if seen is not None and numbers is not None:
+            forms = affine_forms(draft.model, draft.seeds, draft.solve(), graph)
+            return dataclasses.replace(graph, program=_Builder(draft, graph, seen, numbers, forms, doubled).build())
+    note = "two runs of the model call different operators, so memory and latency of its widths are not known"
+    return dataclasses.replace(graph, notes=(*graph.notes, note))
+
+
+def align(traced: Sequence[str], watched: Sequence[str]) -> list[int] | None:
+    """Return the number in the traced run of every call of the watched one; ``None`` where the runs differ.
+
+    The traced run may detach more: PyTorch does so with new tensors that somebody else holds, as the recorder does.
+
+    >>> align(["arange", "aten.detach.default", "mul"], ["arange", "mul"]), align(["mul"], ["add"])
+    ([0, 2], None)
+    """
+    numbers: list[int] = []
+    for number, name in enumerate(traced):
+        if len(numbers) < len(watched) and name == watched[len(numbers)]:
+            numbers.append(number)
+        elif name != "aten.detach.default":
+            return None
+    return numbers if len(numbers) == len(watched) else None
 
 
 def double_batch(inputs: Inputs) -> Inputs:
@@ -57,7 +72,13 @@ class _Builder:
     """Joins the labels of the traced run with the sizes and lifetimes of the watched one."""
 
     def __init__(
-        self, draft: Draft, graph: ChannelGraph, seen: Seen, forms: Callable[[Labels], IntArray], doubled: bool
+        self,
+        draft: Draft,
+        graph: ChannelGraph,
+        seen: Seen,
+        numbers: Sequence[int],
+        forms: Callable[[Labels], IntArray],
+        doubled: bool,
     ) -> None:
         self.run = draft.run
         self.model = draft.model
@@ -66,6 +87,7 @@ class _Builder:
         self.n_groups = len(graph.group_names)
         self.graph = graph
         self.seen = seen
+        self.numbers = numbers
         self.doubled = doubled
         self._forms = forms
         self._cache: dict[int, IntArray] = {}
@@ -77,7 +99,7 @@ class _Builder:
         for block in self.seen.blocks:
             by_call.setdefault(block.owner[0], []).append(block)
         for number in range(len(self.seen.names)):
-            func, args, kwargs, out = self.run.calls[number]
+            func, args, kwargs, out = self.run.calls[self.numbers[number]]
             given, made = flat_tensors((args, kwargs)), flat_tensors((out,))
             inputs = tuple(self._spec(t, s) for t, s in zip(given, self.seen.inputs[number], strict=True))
             outputs = tuple(self._spec(t, s) for t, s in zip(made, self.seen.outputs[number], strict=True))
@@ -85,7 +107,7 @@ class _Builder:
             plain_args, plain_kwargs = _template((args, kwargs), counter)
             calls.append(
                 OpCall(
-                    self.run.trail[number].path,
+                    self.run.trail[self.numbers[number]].path,
                     str(func),
                     plain_args,
                     tuple(sorted(plain_kwargs.items())),
