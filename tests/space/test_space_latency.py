@@ -411,6 +411,8 @@ def test_remarks_name_missed_bounds_and_macs_without_speed():
     assert "10.0% above the budget 2ms@cpu (predicted 1.9 ms)" in said[0]
     assert "has 1.00M MACs instead of 2.00M but is not faster under 2ms@cpu" in said[1]
     assert remarks([{**row, "measured": 1.0}], 10**6, 2 * 10**6) == []
+    said = remarks([{**row, "measured": 1.0, "dense_predicted": 1.8}], 10**6, 2 * 10**6)
+    assert "the model itself takes 2.1 ms now and 1.8 ms by the tables" in said[0]
     assert describe_rows([row]) == [
         "latency 2.2 ms measured, 1.9 ms predicted (budget 2ms@cpu, 0.95x as fast as the model)"
     ]

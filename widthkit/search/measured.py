@@ -13,6 +13,9 @@ from widthkit.plan import apply_plan
 from widthkit.supernet import Supernet
 from widthkit.trace.watch import watch
 
+_DRIFT = 0.1
+"""How far the model itself may be from its prediction before people are told."""
+
 
 def network_of(net: Supernet, widths: Mapping[str, int]) -> nn.Module:
     """Return the dense network of given widths, with the supernet's weights."""
@@ -36,8 +39,12 @@ def _row(net: Supernet, limit: Limit, widths: Mapping[str, int]) -> dict[str, An
     assert limit.latency is not None
     networks = {"found": network_of(net, widths), "dense": network_of(net, net.graph.full)}
     measured = limit.latency.measure_ms(networks)
-    where = {"device": limit.latency.device, "correction_error": limit.latency.correction.error}
-    return {**row, "measured": measured["found"], "dense": measured["dense"], **where}
+    more = {
+        "dense_predicted": limit.latency.predict_ms(),
+        "device": limit.latency.device,
+        "correction_error": limit.latency.correction.error,
+    }
+    return {**row, "measured": measured["found"], "dense": measured["dense"], **more}
 
 
 def peak_memory(network: nn.Module, limit: Limit, net: Supernet) -> int:
@@ -68,6 +75,12 @@ def remarks(rows: list[dict[str, Any]], macs: int, full_macs: int) -> list[str]:
             found.append(
                 f"measured, the network takes {show(row['measured'])}, {over:.1%} above the budget {row['budget']} "
                 f"(predicted {show(row['predicted'])}); search again with a smaller one"
+            )
+        drift = row["dense"] / row["dense_predicted"] - 1 if "dense_predicted" in row else 0.0
+        if abs(drift) > _DRIFT:
+            found.append(
+                f"under {row['budget']} the model itself takes {show(row['dense'])} now and {show(row['dense_predicted'])} "
+                "by the tables: the device is busy, or runs at another clock than when they were measured"
             )
         if row["kind"] == "latency" and macs < full_macs and row["measured"] >= row["dense"]:
             found.append(
