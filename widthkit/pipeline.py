@@ -2,7 +2,7 @@
 
 ========================  =============================================================
 ``run.json``              what was asked for
-``supernet/``             checkpoint of the supernet's training
+``supernet/``             checkpoint of the supernet's training, and the widths that trained best
 ``search.json``           widths, score, history
 ``final/``                checkpoints of the final trainings
 ``slim.safetensors``      the slim network, with ``slim.json``
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from widthkit.search import SEARCHERS, SearchResult, search
 from widthkit.search.measured import describe_rows, network_of
 from widthkit.search.run import make_searcher
 from widthkit.space import uniform_space
+from widthkit.strategy import make_strategy
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.timing import forward_latency
 from widthkit.trace import trace
@@ -57,6 +58,8 @@ class RunConfig(BaseModel):
         model: Name of the dense model.
         model_options: Arguments of its factory.
         pretrained: Start the supernet from the library's weights.
+        rank: Order units by this importance before they are shared; for pretrained models.
+        rank_images: Training images for the importance criteria that need gradients.
         data: Data source.
         data_dir: Folder of the data source.
         image_size: Side length that images are resized to; their own, but at least 32, when not given.
@@ -94,6 +97,8 @@ class RunConfig(BaseModel):
     model: str
     model_options: dict[str, Any] = {}
     pretrained: bool = False
+    rank: str | None = None
+    rank_images: int = Field(default=256, ge=1)
     data: str
     data_dir: str | None = None
     image_size: int | None = None
@@ -258,7 +263,7 @@ class Job:
         graph = trace(model, self.input_shape(data), freeze=config.freeze)
         net = make_supernet(
             model,
-            config.strategy,
+            make_strategy(config.strategy, config.strategy_options).for_budget(config.budget),
             graph=graph,
             k=config.k,
             bins=config.bins,
@@ -266,7 +271,8 @@ class Job:
             max_width=config.max_width,
             divisor=config.divisor,
             seed=config.seed,
-            **config.strategy_options,
+            rank=config.rank,
+            rank_data=self._rank_batches(data) if config.rank else None,
         )
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
@@ -285,6 +291,10 @@ class Job:
         if any(limit.kind in ("memory", "latency") for limit in budget.limits):
             return uniform_widths(net.space, budget)
         return self.uniform(net.graph, macs)
+
+    def _rank_batches(self, data: DataSplits) -> Iterable[Any]:
+        count = min(self.config.rank_images, len(data.train))  # type: ignore[arg-type]
+        return make_loader(Subset(data.train, range(count)), self.config.batch_size, train=False)
 
     def _settings(self, epochs: int) -> Settings:
         options = {name: value for name, value in self.config.training().items() if name != "device"}
@@ -358,6 +368,8 @@ class Job:
             progress=self.progress,
             **c.training(),
         )
+        records = [{"widths": widths, "loss": loss} for widths, loss in net.width_history.records]
+        atomic_json(self.folder.path / "supernet" / "widths.json", {"format": 1, "least_loss_first": records})
         self.say(f"supernet: trained {result.epochs} epochs, loss {result.loss:.4f}")
 
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:

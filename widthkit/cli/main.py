@@ -8,6 +8,7 @@ from typing import Any
 
 import widthkit.cli.bench
 import widthkit.cli.job
+import widthkit.cli.plot
 import widthkit.cli.trace  # noqa: F401
 from widthkit.cli.app import app
 from widthkit.errors import WidthkitError

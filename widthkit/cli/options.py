@@ -25,6 +25,13 @@ ImageSize = Annotated[
 LimitImages = Annotated[int | None, typer.Option("--limit", help="Most images per part of the data")]
 Augment = Annotated[bool, typer.Option(help="Random crops and flips while training")]
 Pretrained = Annotated[bool, typer.Option(help="Start from the library's weights")]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        help="Order units by importance before sharing, for pretrained models: magnitude, bn-scale, lamp, fpgm, taylor "
+        "or hessian"
+    ),
+]
 StrategyName = Annotated[str, typer.Option("--strategy", help="Sharing strategy; see widthkit plugins")]
 SearcherName = Annotated[str, typer.Option("--searcher", help="Searcher; see widthkit plugins")]
 StrategyOption = Annotated[list[str] | None, typer.Option(help="Option of the strategy, as NAME=VALUE (JSON)")]

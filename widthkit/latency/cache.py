@@ -8,11 +8,15 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
+from widthkit.errors import OptionError
 from widthkit.files import atomic_json
 from widthkit.version import __version__
 
@@ -113,16 +117,39 @@ class Cache:
         """Keep measured networks."""
         self._data["networks"][key] = rows
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let one process measure at a time; who had to wait finds what the other measured.
+
+        Raises:
+            OptionError: If the folder cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path.with_suffix(".lock"))
+            lock.acquire()
+        except OSError as error:
+            raise OptionError(
+                f"cannot write {self.path.parent}: {error.strerror or error}. Name another folder in WIDTHKIT_CACHE."
+            ) from error
+        try:
+            self._data = self._merged()
+            yield
+        finally:
+            lock.release()
+
     def save(self) -> None:
         """Write the file, with what another process has added in the meantime.
 
         Raises:
             OptionError: If the folder cannot be written.
         """
-        other = self._load()
-        for part in ("kernels", "networks"):
-            self._data[part] = {**other[part], **self._data[part]}
+        self._data = self._merged()
         atomic_json(self.path, {"format": FORMAT, "device": self.device, "widthkit": __version__, **self._data})
+
+    def _merged(self) -> dict[str, Any]:
+        other = self._load()
+        return {part: {**other[part], **self._data[part]} for part in ("kernels", "networks")}
 
     def _load(self) -> dict[str, Any]:
         empty: dict[str, Any] = {"kernels": {}, "networks": {}}

@@ -204,9 +204,12 @@ class LatencyModel:
     def _corrected(self) -> Correction:
         rows = self.cache.networks(self.key)
         if not rows and self.build is not None:
-            rows = self._whole_networks(self.build)
-            self.cache.add_networks(self.key, rows)
-            self.cache.save()
+            with self.cache.locked():
+                rows = self.cache.networks(self.key)
+                if not rows:
+                    rows = self._whole_networks(self.build)
+                    self.cache.add_networks(self.key, rows)
+                    self.cache.save()
         overhead = _OVERHEAD * len(self.program.calls)
         if not rows:
             return Correction(overhead, (1.0, 1.0, 0.0), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -51,21 +51,42 @@ def curves(
     for use in uses:
         sizes = use.sizes(widest)
         largest[use.kernel.key] = np.maximum(largest.get(use.kernel.key, sizes), sizes)
-    missing = {key: _missing(cache.table(key), largest[key]) for key in kernels}
-    missing = {key: points for key, points in missing.items() if points}
-    if missing:
-        n_points = sum(map(len, missing.values()))
-        say(f"latency: timing {len(missing)} operators at {n_points} sizes on {cache.device['device']}, once")
-        quiet(conditions.device or "cpu")
-        copied: set[str] = set()
-        found: dict[str, Table] = {}
-        for _ in range(_SWEEPS):
-            for key, points in missing.items():
-                _sweep(kernels[key], points, found.setdefault(key, {}), copied, conditions, clock, copy_clock)
-        for key, table in found.items():
-            cache.add(key, kernels[key].label, table, key in copied)
-        cache.save()
+    if _all_missing(kernels, largest, cache):
+        with cache.locked():
+            missing = _all_missing(kernels, largest, cache)
+            if missing:
+                _measure(kernels, missing, conditions, cache, clock, copy_clock, say)
     return {key: Curve.of(cache.table(key), kernel.contracts) for key, kernel in kernels.items()}
+
+
+def _all_missing(
+    kernels: Mapping[str, Kernel], largest: Mapping[str, IntArray], cache: Cache
+) -> dict[str, list[tuple[int, ...]]]:
+    found = {key: _missing(cache.table(key), largest[key]) for key in kernels}
+    return {key: points for key, points in found.items() if points}
+
+
+def _measure(
+    kernels: Mapping[str, Kernel],
+    missing: Mapping[str, list[tuple[int, ...]]],
+    conditions: Conditions,
+    cache: Cache,
+    clock: Clock,
+    copy_clock: Clock,
+    say: Say,
+) -> None:
+    """Go through all missing points several times and keep the least times."""
+    n_points = sum(map(len, missing.values()))
+    say(f"latency: timing {len(missing)} operators at {n_points} sizes on {cache.device['device']}, once")
+    quiet(conditions.device or "cpu")
+    copied: set[str] = set()
+    found: dict[str, Table] = {}
+    for _ in range(_SWEEPS):
+        for key, points in missing.items():
+            _sweep(kernels[key], points, found.setdefault(key, {}), copied, conditions, clock, copy_clock)
+    for key, table in found.items():
+        cache.add(key, kernels[key].label, table, key in copied)
+    cache.save()
 
 
 def _missing(table: Table, largest: IntArray) -> list[tuple[int, ...]]:

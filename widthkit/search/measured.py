@@ -80,7 +80,8 @@ def remarks(rows: list[dict[str, Any]], macs: int, full_macs: int) -> list[str]:
         if abs(drift) > _DRIFT:
             found.append(
                 f"under {row['budget']} the model itself takes {show(row['dense'])} now and "
-                f"{show(row['dense_predicted'])} by the tables: the device is busy, or runs at another clock than when they were measured"
+                f"{show(row['dense_predicted'])} by the tables: the device is busy, or runs at another clock than "
+                "when they were measured"
             )
         if row["kind"] == "latency" and macs < full_macs and row["measured"] >= row["dense"]:
             found.append(

@@ -36,6 +36,15 @@ class Searcher(ABC):
     def ask(self) -> list[WidthVector]:
         """Propose the next widths to judge; an empty list when the search is done."""
 
+    @property
+    def fraction(self) -> float:
+        """Share of the held-out examples, above 0 and up to 1, on which what was asked last is to be judged.
+
+        It is read after every :meth:`ask`. Judgements on a part are told like others, but are no trials of the result:
+        scores on different parts do not compare.
+        """
+        return 1.0
+
     @abstractmethod
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
         """Receive the scores (higher is better; NaN counts as worst) of all widths that were asked."""
