@@ -37,7 +37,7 @@ def design(largest: Sequence[int]) -> list[tuple[int, ...]]:
         largest: The largest value of every open size.
 
     >>> design([64])
-    [(3,), (16,), (27,), (29,), (45,), (48,), (57,), (64,)]
+    [(3,), (16,), (29,), (32,), (45,), (48,), (58,), (64,)]
     >>> len(design([64, 128])), design([])
     (18, [()])
     """
