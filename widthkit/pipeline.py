@@ -39,6 +39,7 @@ from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
 from widthkit.search.guided import make_guidance, make_model
+from widthkit.search.measured import describe_rows, network_of
 from widthkit.search.run import make_searcher
 from widthkit.search.sharing import parse_memory
 from widthkit.space import uniform_space
@@ -303,7 +304,7 @@ class Job:
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
         if search:
-            budget = parse_budget(config.budget, graph)
+            budget = self._budget(net)
             self._stage_plan(net).check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
             self._guidance(net)
@@ -320,6 +321,16 @@ class Job:
             make_model(guidance, net.space)
         if c.calibrate:
             self._settings(c.calibrate_epochs).check()
+
+    def _budget(self, net: Supernet) -> Budget:
+        return parse_budget(self.config.budget, net.graph, lambda widths: network_of(net, widths))
+
+    def _uniform(self, net: Supernet, macs: int) -> dict[str, int]:
+        """Shrink uniformly to the searched network's MACs, or as far as a budget in memory or latency allows."""
+        budget = self._budget(net)
+        if any(limit.kind in ("memory", "latency") for limit in budget.limits):
+            return uniform_widths(net.space, budget)
+        return self.uniform(net.graph, macs)
 
     def _rank_batches(self, data: DataSplits) -> Iterable[Any]:
         count = min(self.config.rank_images, len(data.train))  # type: ignore[arg-type]
@@ -405,7 +416,7 @@ class Job:
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:
         """Search in a trained supernet, or continue; with several stages the later supernets are trained on the way."""
         if self.config.stages == 1:
-            return self._search(net, data, parse_budget(self.config.budget, net.graph), self.folder.path)
+            return self._search(net, data, self._budget(net), self.folder.path)
         plan = self._stage_plan(net)
 
         def train_stage(net: Supernet, stage: int) -> None:
@@ -424,7 +435,7 @@ class Job:
         c = self.config
         if c.stages != 1 and c.bins is None:
             raise OptionError("a search in stages needs FLOPs-sensitive bins; train the supernet with --bins")
-        budget = parse_budget(c.budget, net.graph)
+        budget = self._budget(net)
         return StagePlan(budget, c.stages, c.alpha, c.bins or 1.0, c.min_width, c.divisor, c.fixed)
 
     def _heir(self, net: Supernet, data: DataSplits, widths: Mapping[str, int]) -> Supernet:
@@ -469,6 +480,8 @@ class Job:
         self.say(f"search: {len(result.trials)} networks judged; best uses {used:.1%} of the budget {budget}")
         if "remark" in result.settings:
             self.say(f"search: {result.settings['remark']}")
+        for phrase in describe_rows(result.measured):
+            self.say(f"search: {phrase}")
         return result
 
     def stand_alone(self, widths: dict[str, int], net: Supernet, data: DataSplits) -> float:
@@ -511,7 +524,7 @@ class Job:
         result = self.search_widths(net, data)
         chosen = {
             "dense": net.graph.full,
-            "uniform": self.uniform(net.graph, result.macs),
+            "uniform": self._uniform(net, result.macs),
             "searched": result.widths,
         }
         table, networks = [], {}
@@ -531,6 +544,8 @@ class Job:
             "latency": {"input_shape": list(shape), "device": device, "threads": torch.get_num_threads()},
             "table": table,
             "widths": chosen,
+            "measured": result.measured,
+            "notes": result.notes,
         }
         atomic_json(self.folder.path / "results.json", results)
         return results

@@ -192,6 +192,9 @@ BAD = {
         ["train", "timm/resnet10t", "--data", "fashion-mnist", "--data-dir", "nowhere", "--out", "OUT"], "nowhere",
     ),
     "budget too small": (["slim", "timm/resnet10t", *TINY, "--budget", "0.0001x", "--out", "OUT"], "narrowest"),
+    "budget with nonsense": (["slim", "timm/resnet10t", *TINY, "--budget", "1ms@cpu,often", "--out", "OUT"], "'often'"),
+    "budget on no device": (["slim", "timm/resnet10t", *TINY, "--budget", "1ms@cuda:99", "--out", "OUT"], "cuda:99"),
+    "memory too small": (["slim", "timm/resnet10t", *TINY, "--budget", "1kB", "--out", "OUT"], "narrowest"),
     "budget unreadable": (["slim", "timm/resnet10t", *TINY, "--budget", "half", "--out", "OUT"], "0.5x"),
     "unknown searcher option": (["slim", "timm/resnet10t", *TINY, "--searcher-option", "x=1", "--out", "OUT"], "'x'"),
     "searcher option of another type": (

@@ -59,6 +59,26 @@ def bench_cost(
     run(model, vectors, out)
 
 
+@bench.command("predict")
+def bench_predict(
+    models: Annotated[list[str] | None, typer.Option("--model", help="Models to predict and measure")] = None,
+    size: Annotated[int, typer.Option(help="Image size")] = 112,
+    at: Annotated[str, typer.Option(help="Where: device, batch=8, fp32 or bf16, channels_last, with commas")] = "cpu",
+    networks: Annotated[int, typer.Option(min=2, help="Random sub-networks per model")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draw")] = 1,
+    out: JsonFile = None,
+) -> None:
+    """Compare predicted latencies of random sub-networks with measured ones."""
+    import torch
+
+    from widthkit.bench.predict import DEFAULT, run
+    from widthkit.latency import read_conditions
+
+    torch.set_num_threads(threads)
+    run(models or DEFAULT, size, read_conditions(at.split(","), f"--at {at}"), networks, out, seed)
+
+
 @bench.command("strategy-memory")
 def bench_strategy_memory(
     model: Annotated[str, typer.Option(help="Model to train")] = "torchvision/resnet18",

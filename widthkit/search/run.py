@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from widthkit.search.evaluator import Evaluator, Judgement, Loss
 from widthkit.search.fill import best_inside, filler, remark
 from widthkit.search.guided import GuidedSearch, TrainFn, make_guidance
 from widthkit.search.journal import Journal
+from widthkit.search.measured import describe_rows, measure_result, network_of, remarks
 from widthkit.search.providers import Offer, provided
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.rounds import check_same, from_first, judge_round, launched
@@ -69,7 +71,8 @@ def search(
     Args:
         net: A trained supernet.
         loader: Held-out batches ``(inputs, targets)``.
-        budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, or several.
+        budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, ``"12MB"``, ``"1.8ms@cpu"``, or several; see
+            :func:`widthkit.budget.parse_budget`.
         searcher: Name of a registered searcher. A supernet whose strategy chooses widths in training needs none: its
             widths are judged once and returned, and ``settings["units"]`` names the units.
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
@@ -98,7 +101,7 @@ def search(
         CheckpointError: If ``resume`` finds a journal of another search.
         ModelError: If no network inside the budget got a finite score.
     """
-    limit = parse_budget(budget, net.graph)
+    limit = parse_budget(budget, net.graph, lambda widths: network_of(net, widths))
     limit.check(net.space)
     rng = np.random.default_rng(seed)
     criterion = loss or cross_entropy()
@@ -145,6 +148,7 @@ def search(
             why = remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)
             if why is not None:
                 result.settings["remark"] = why
+        result = from_first(lambda: with_measurements(result, net, limit))
         if out is not None:
             from_first(lambda: result.save(Path(out) / "search.json"))
     return result
@@ -302,6 +306,12 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
     )
 
 
+def with_measurements(result: SearchResult, net: Supernet, budget: Budget) -> SearchResult:
+    """Measure the best network where the budget is in memory or latency, and note what disappoints."""
+    rows = measure_result(net, budget, result.widths)
+    return replace(result, measured=rows, notes=remarks(rows, result.macs, result.full["macs"]))
+
+
 def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str, Any]) -> str:
     """Hash what judgements depend on: settings, space, weights, criterion and held-out data."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
@@ -330,13 +340,16 @@ def _show(progress: bool) -> AbstractContextManager[Callable[[Trial, float], Non
 
 
 def describe(result: SearchResult) -> str:
-    """One line for people: what was found, at which cost."""
+    """Say for people what was found, at which cost; one line, and one more per note."""
     share = result.macs / result.full["macs"]
     accuracy = "" if result.accuracy is None else f", accuracy in the supernet {result.accuracy:.1%}"
     diverged = sum(not math.isfinite(trial.score) for trial in result.trials)
     lost = f", {diverged} of them without a finite loss" if diverged else ""
+    measured = "".join(f"; {phrase}" for phrase in describe_rows(result.measured))
+    notes = "".join(f"\nnote: {note}" for note in result.notes)
     return (
         f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
-        f"{accuracy}, {len(result.trials)} networks judged{lost}"
+        f"{accuracy}, {len(result.trials)} networks judged{lost}{measured}"
         + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
+        + notes
     )
