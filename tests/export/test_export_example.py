@@ -14,7 +14,7 @@ DATA = next((p for p in PLACES if p and (Path(p) / "bccd" / "BCCD").is_dir()), N
 
 
 def example():
-    spec = importlib.util.spec_from_file_location("detection_example", ROOT / "examples" / "detection.py")
+    spec = importlib.util.spec_from_file_location("detection_example", ROOT / "examples" / "detection_backbone.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
