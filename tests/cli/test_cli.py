@@ -133,7 +133,8 @@ def test_train_search_export_are_the_same_job_in_steps(tmp_path, capfd, monkeypa
     assert step("search", out).returncode == 2
     assert step("train", "timm/resnet10t", *TINY, "--epochs", "1", "--out", out).returncode == 0
     assert "search first" in step("export", out).stderr
-    found = step("search", out, "--budget", "0.6x", "--searcher", "random", "--searcher-option", "n=3")
+    found = step("search", out, "--budget", "0.6x", "--searcher", "random", "--searcher-option", "n=3",
+                 "--score-model", "none")  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert len(json.loads((out / "search.json").read_text())["trials"]) == 3
     done = step("export", out)
@@ -191,6 +192,9 @@ BAD = {
         ["train", "timm/resnet10t", "--data", "fashion-mnist", "--data-dir", "nowhere", "--out", "OUT"], "nowhere",
     ),
     "budget too small": (["slim", "timm/resnet10t", *TINY, "--budget", "0.0001x", "--out", "OUT"], "narrowest"),
+    "budget with nonsense": (["slim", "timm/resnet10t", *TINY, "--budget", "1ms@cpu,often", "--out", "OUT"], "'often'"),
+    "budget on no device": (["slim", "timm/resnet10t", *TINY, "--budget", "1ms@cuda:99", "--out", "OUT"], "cuda:99"),
+    "memory too small": (["slim", "timm/resnet10t", *TINY, "--budget", "1kB", "--out", "OUT"], "narrowest"),
     "budget unreadable": (["slim", "timm/resnet10t", *TINY, "--budget", "half", "--out", "OUT"], "0.5x"),
     "unknown searcher option": (["slim", "timm/resnet10t", *TINY, "--searcher-option", "x=1", "--out", "OUT"], "'x'"),
     "searcher option of another type": (

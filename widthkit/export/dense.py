@@ -61,7 +61,7 @@ def export(
 
 def _from_supernet(net: Supernet, widths: Kept | None, path: int) -> nn.Module:
     units = net.active if widths is None else net.units(widths, path)
-    slim = apply_plan(net.model, net.plan(units))
+    slim = apply_plan(net.whole(), net.plan(units))
     origin = _origin(net.graph, _dense_plan(net, units), net.dense)
     earlier = origin_of(net.model)
     set_origin(slim, origin if earlier is None else after(earlier, origin))

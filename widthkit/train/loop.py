@@ -154,7 +154,9 @@ class Run:
         _check_weights(self.parameters)
         if self.widths is not None:
             self.widths.end_epoch()
-        return _finite_figures(totals, start)
+        result = _finite_figures(totals, start)
+        end: Callable[[], Mapping[str, float]] | None = getattr(self.net, "end_epoch", None)
+        return {**result, **(end() if callable(end) else {})}
 
     def _update(self, batch: Any, totals: Totals) -> None:
         inputs, targets = send_to_device(split_batch(batch), self.accelerator.device)
@@ -189,7 +191,13 @@ class Run:
             backward=self.accelerator.backward,
             generator=torch.Generator().manual_seed(seed),
             amp=self.accelerator.autocast,
+            progress=self._progress(),
         )
+
+    def _progress(self) -> float:
+        length = loader_length(self.loader)
+        total = self.settings.epochs * (length or 0)
+        return min(self.updates / total, 1.0) if total else self.done / self.settings.epochs
 
 
 def _finite_figures(totals: Totals, start: float) -> dict[str, float]:

@@ -293,7 +293,8 @@ def shuffle(ctx: OpContext) -> None:
 def index(ctx: OpContext) -> None:
     """Pick positions by integer tensors. Where their values are known the labels are picked too, else the dim stays."""
     x, indices = ctx.arg("self"), ctx.arg("indices")
-    if all(i is None or i.device.type != "meta" for i in indices) and ctx.dims(x) != (None,) * x.ndim:
+    labelled = any(labels is not None for labels in ctx.dims(x))
+    if labelled and all(i is None or i.device.type != "meta" for i in indices):
         execute(ctx)
         return
     dims = ctx.dims(x)
@@ -341,6 +342,10 @@ def execute(ctx: OpContext) -> None:
         if labels is None:
             continue
         for found, grid in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
+            if not grid.size:
+                # As where a detector finds nothing in the example image: no label is left to say what came through.
+                ctx.freeze(labels, "reaches an operator that picks nothing from the example input")
+                continue
             for e, moved in enumerate(_split(ctx, grid)):
                 if moved is not None and found[e] is not None:
                     ctx.freeze(moved, "merges two channel dims")
