@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
@@ -37,7 +38,10 @@ from widthkit.models import create_model, input_channels
 from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
+from widthkit.search.guided import make_guidance, make_model
+from widthkit.search.measured import describe_rows, network_of
 from widthkit.search.run import make_searcher
+from widthkit.search.sharing import parse_memory
 from widthkit.space import uniform_space
 from widthkit.stages import StagePlan, next_supernet, run_stages
 from widthkit.strategy import make_strategy
@@ -73,6 +77,12 @@ class RunConfig(BaseModel):
         searcher: Searcher.
         searcher_options: Its options.
         search_images: Held-out images that every candidate is judged on, at most.
+        score_model: Score model that smooths the supernet's scores; ``auto`` for the default, ``none`` for none.
+        score_model_options: Its options.
+        evaluations: With a score model, networks that the supernet judges; the searcher's own number by default.
+        calibrate: With a score model, networks that are trained on their own.
+        calibrate_epochs: Epochs of each of these trainings.
+        search_memory: Most memory for what candidates that are judged together share.
         budget: What the slim network may cost.
         k: Evenly spaced choices per group.
         bins: FLOPs-sensitive bins with this beta, instead of ``k``.
@@ -115,6 +125,12 @@ class RunConfig(BaseModel):
     searcher: str = "greedy"
     searcher_options: dict[str, Any] = {}
     search_images: int = Field(default=2048, ge=1)
+    score_model: str = "auto"
+    score_model_options: dict[str, Any] = {}
+    evaluations: int | None = None
+    calibrate: int = 0
+    calibrate_epochs: int = Field(default=2, ge=1)
+    search_memory: str = "2GB"
     budget: str = "0.5x"
     k: int = 10
     bins: float | None = None
@@ -263,6 +279,7 @@ class Job:
         if config.seeds < 1 or config.final_epochs < 0:
             raise OptionError("seeds must be at least 1 and final epochs at least 0")
         SEARCHERS.get(config.searcher)
+        parse_memory(config.search_memory)
         self._settings(config.epochs).check()
         if final and config.final_epochs:
             self._settings(config.final_epochs).check()
@@ -287,11 +304,33 @@ class Job:
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
         if search:
-            budget = parse_budget(config.budget, graph)
-            budget.check(net.space)
-            self._stage_plan(net)
+            budget = self._budget(net)
+            self._stage_plan(net).check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
+            self._guidance(net)
         return net, data
+
+    def _guidance(self, net: Supernet) -> None:
+        """Refuse a score model or its options before anything is trained."""
+        c = self.config
+        chosen = None if c.score_model == "none" else c.score_model
+        guidance = make_guidance(
+            chosen, SEARCHERS.get(c.searcher), c.evaluations, c.calibrate, lambda widths: 0.0, c.score_model_options
+        )
+        if guidance is not None:
+            make_model(guidance, net.space)
+        if c.calibrate:
+            self._settings(c.calibrate_epochs).check()
+
+    def _budget(self, net: Supernet) -> Budget:
+        return parse_budget(self.config.budget, net.graph, lambda widths: network_of(net, widths))
+
+    def _uniform(self, net: Supernet, macs: int) -> dict[str, int]:
+        """Shrink uniformly to the searched network's MACs, or as far as a budget in memory or latency allows."""
+        budget = self._budget(net)
+        if any(limit.kind in ("memory", "latency") for limit in budget.limits):
+            return uniform_widths(net.space, budget)
+        return self.uniform(net.graph, macs)
 
     def _rank_batches(self, data: DataSplits) -> Iterable[Any]:
         count = min(self.config.rank_images, len(data.train))  # type: ignore[arg-type]
@@ -377,7 +416,7 @@ class Job:
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:
         """Search in a trained supernet, or continue; with several stages the later supernets are trained on the way."""
         if self.config.stages == 1:
-            return self._search(net, data, parse_budget(self.config.budget, net.graph), self.folder.path)
+            return self._search(net, data, self._budget(net), self.folder.path)
         plan = self._stage_plan(net)
 
         def train_stage(net: Supernet, stage: int) -> None:
@@ -396,7 +435,7 @@ class Job:
         c = self.config
         if c.stages != 1 and c.bins is None:
             raise OptionError("a search in stages needs FLOPs-sensitive bins; train the supernet with --bins")
-        budget = parse_budget(c.budget, net.graph)
+        budget = self._budget(net)
         return StagePlan(budget, c.stages, c.alpha, c.bins or 1.0, c.min_width, c.divisor, c.fixed)
 
     def _heir(self, net: Supernet, data: DataSplits, widths: Mapping[str, int]) -> Supernet:
@@ -429,13 +468,34 @@ class Job:
             resume=True,
             progress=self.progress,
             device=c.device,
+            score_model=None if c.score_model == "none" else c.score_model,
+            score_model_options=c.score_model_options,
+            evaluations=c.evaluations,
+            calibrate=c.calibrate,
+            train_fn=lambda widths: self.stand_alone(widths, net, data),
+            memory=c.search_memory,
             **c.searcher_options,
         )
         used = budget.usage(net.graph, result.widths)
         self.say(f"search: {len(result.trials)} networks judged; best uses {used:.1%} of the budget {budget}")
         if "remark" in result.settings:
             self.say(f"search: {result.settings['remark']}")
+        for phrase in describe_rows(result.measured):
+            self.say(f"search: {phrase}")
         return result
+
+    def stand_alone(self, widths: dict[str, int], net: Supernet, data: DataSplits) -> float:
+        """Train a network of given widths briefly from fresh weights, or continue; return its held-out accuracy."""
+        c = self.config
+        slim = export(self.fresh_model(data, c.seed), widths, graph=net.graph)
+        name = hashlib.sha256(json.dumps(widths, sort_keys=True).encode()).hexdigest()[:16]
+        loader = make_loader(data.train, c.batch_size, train=True, seed=c.seed)
+        out = self.folder.path / "calibration" / name
+        train(slim, loader, c.calibrate_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
+        recalibrate(slim, make_loader(data.train, c.batch_size, train=False))
+        found = evaluate(slim, make_loader(data.valid, 512, train=False), device=c.device)
+        self.say(f"calibration: {net.graph.macs(widths) / net.graph.macs():.1%} of the MACs, {found['accuracy']:.2%}")
+        return float(found["accuracy"])
 
     def final_network(self, name: str, widths: dict[str, int], net: Supernet, data: DataSplits, seed: int) -> nn.Module:
         """Train one network of given widths with one seed, or continue, and return it."""
@@ -464,7 +524,7 @@ class Job:
         result = self.search_widths(net, data)
         chosen = {
             "dense": net.graph.full,
-            "uniform": self.uniform(net.graph, result.macs),
+            "uniform": self._uniform(net, result.macs),
             "searched": result.widths,
         }
         table, networks = [], {}
@@ -484,6 +544,8 @@ class Job:
             "latency": {"input_shape": list(shape), "device": device, "threads": torch.get_num_threads()},
             "table": table,
             "widths": chosen,
+            "measured": result.measured,
+            "notes": result.notes,
         }
         atomic_json(self.folder.path / "results.json", results)
         return results

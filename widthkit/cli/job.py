@@ -14,12 +14,15 @@ from widthkit.cli.options import (
     BatchSize,
     Bins,
     BudgetText,
+    Calibrate,
+    CalibrateEpochs,
     Choices,
     Data,
     DataDir,
     Device,
     Divisor,
     Epochs,
+    Evaluations,
     FinalEpochs,
     Fix,
     Freeze,
@@ -39,9 +42,12 @@ from widthkit.cli.options import (
     Resume,
     Run,
     Schedule,
+    ScoreModelName,
+    ScoreModelOption,
     SearcherName,
     SearcherOption,
     SearchImages,
+    SearchMemory,
     Seed,
     Seeds,
     StageCount,
@@ -102,6 +108,12 @@ def search_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
     stages: StageCount = 1,
     alpha: Alpha = 2.0,
     resume: Resume = False,
@@ -109,19 +121,25 @@ def search_command(
     """Search widths in a trained supernet."""
     from widthkit.pipeline import Folder, Job
     from widthkit.search.run import describe
+    from widthkit.train.parallel import process_index
 
     folder = Folder(run)
     job = Job(folder.config(), folder)
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
-    job.config.search_images = search_images
+    job.config.score_model, job.config.score_model_options = score_model, pairs(score_model_option)
+    job.config.evaluations, job.config.calibrate = evaluations, calibrate
+    job.config.calibrate_epochs = calibrate_epochs
+    job.config.search_images, job.config.search_memory = search_images, search_memory
     job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
     job.train_supernet(net, splits)
-    typer.echo(describe(job.search_widths(net, splits)))
-    typer.echo(f"next: widthkit export {run}")
+    result = job.search_widths(net, splits)
+    if process_index() == 0:
+        typer.echo(describe(result))
+        typer.echo(f"next: widthkit export {run}")
 
 
 @app.command("export")
@@ -158,6 +176,12 @@ def slim_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
     k: Choices = 10,
     bins: Bins = None,
     min_width: MinWidth = "0.1x",
@@ -214,6 +238,7 @@ def _start(values: dict[str, Any]) -> Any:
     settings["model_options"] = pairs(values.get("model_option"))
     settings["strategy_options"] = pairs(values.get("strategy_option"))
     settings["searcher_options"] = pairs(values.get("searcher_option"))
+    settings["score_model_options"] = pairs(values.get("score_model_option"))
     settings["mixed_precision"] = values["precision"]
     settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)

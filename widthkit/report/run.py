@@ -17,6 +17,7 @@ from widthkit.budget import show_count
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_write
 from widthkit.search import SearchResult
+from widthkit.search.measured import describe_rows
 
 
 class _Row(BaseModel):
@@ -42,6 +43,8 @@ class _Results(BaseModel):
     latency: _Latency
     table: list[_Row]
     widths: dict[str, dict[str, int]]
+    measured: list[dict[str, Any]] = []
+    notes: list[str] = []
 
 
 def report_run(folder: str | Path) -> list[Path]:
@@ -170,7 +173,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """Say plainly where the outcome disappoints."""
     rows = {row["network"]: row for row in results["table"]}
     dense, uniform, searched = rows["dense"], rows["uniform"], rows["searched"]
-    found = []
+    found = list(results.get("notes", []))
     if searched["latency_ms"] >= dense["latency_ms"]:
         found.append("the searched network is not faster than the dense one on this device")
     elif dense["latency_ms"] / searched["latency_ms"] < 0.8 * dense["macs"] / searched["macs"]:
@@ -189,6 +192,7 @@ def _caption(results: dict[str, Any]) -> str:
     return (
         f"accuracy: mean ± standard deviation over {n} final training{'s' if n > 1 else ''}; "
         f"latency: median forward pass, input {shape}, {results['latency']['device']}, measured in turns"
+        + "".join(f"; {phrase}" for phrase in describe_rows(results.get("measured", [])))
     )
 
 
