@@ -83,7 +83,13 @@ def run(model: str, seeds: int, epochs: int, k: int, image_size: int, budget: st
             }
             for name in OPTIONS
         }
-        settings: dict[str, Any] = {"model": model, "epochs": epochs, "k": k, "image_size": image_size, "budget": budget}
+        settings: dict[str, Any] = {
+            "model": model,
+            "epochs": epochs,
+            "k": k,
+            "image_size": image_size,
+            "budget": budget,
+        }
         write(out, "lazy", rows, summary=summary, options=OPTIONS, **settings)
     for name, line in summary.items():
         Console().print(f"{name}: {line}", highlight=False)
