@@ -196,15 +196,20 @@ def grow(graph: ChannelGraph, widths: Mapping[str, int]) -> tuple[Plan, ChannelG
     plan = make_plan(graph, widths)
     if not plan.grows:
         return plan, graph
-    table = _Table.of(graph, kept_units(graph, widths))
+    return plan, replace(graph, **resized(graph, kept_units(graph, widths)))
+
+
+def resized(graph: ChannelGraph, kept: KeptUnits) -> dict[str, Any]:
+    """Return the parts of a graph that change when every group keeps its first units, or gains some."""
+    table = _Table.of(graph, kept)
     tensors = {}
     for info in graph.tensors.values():
         dims = tuple(None if p is None else table.grown(p) for p in info.dims)
         shape = tuple(s if p is None else len(p) for s, p in zip(info.shape, dims, strict=True))
         tensors[info.name] = replace(info, shape=shape, dims=dims)
     attributes = tuple(replace(a, positions=table.grown(a.positions)) for a in graph.attributes)
-    vector = graph.vector(widths)
-    return plan, replace(graph, group_widths=vector, tensors=tensors, attributes=attributes)
+    vector = np.array([len(kept[name]) for name in graph.group_names], dtype=np.int64)
+    return {"group_widths": vector, "tensors": tensors, "attributes": attributes}
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:

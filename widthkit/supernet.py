@@ -20,7 +20,7 @@ from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.importance import Scores, arrange, rankings, unit_scores
 from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
 from widthkit.reparam import merge
-from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
+from widthkit.space import Limit, SearchSpace, make_space
 from widthkit.strategy import Path, Strategy, make_strategy
 from widthkit.structure import Dense
 from widthkit.trace import trace
@@ -352,12 +352,8 @@ def make_supernet(
     if not graph.group_names:
         raise TraceError(f"{type(model).__name__} has no channel group that can vary; widthkit trace shows the reasons")
     if space is None:
-        limits: dict[str, Any] = {
-            "min_width": min_width,
-            "max_width": max_width,
-            "divisor": divisor,
-            "fixed": fixed,
-        }
-        space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
+        space = make_space(
+            graph, k=k, bins=bins, min_width=min_width, max_width=max_width, divisor=divisor, fixed=fixed
+        )
     scores = unit_scores(model, graph, rank, data=rank_data, loss=rank_loss) if isinstance(rank, str) else rank
     return Supernet(model, graph, space, chosen, seed=seed, scores=scores, branched=branched)

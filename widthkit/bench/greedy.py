@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def bounds(graph: ChannelGraph, candidates: Sequence[Mapping[str, int]]) -> tupl
 def run(models: list[str], size: int, batch: int, repeats: int, memory: str, device: str, out: Path | None) -> None:
     """Measure and print the gain for every model.
 
-    Plain and shared rounds take turns; the gain is the median over turns of the ratio of two neighbouring rounds.
-    ``cpu_gain`` is the same with the process's own time, which other programs on the machine disturb less.
+    Both ways take turns, candidate by candidate, so that a busy machine disturbs both alike; the gain is the ratio of
+    their times over all candidates. ``cpu_gain`` is the same with the process's own time.
     """
     kept = keep_pages()
     rows = []
@@ -63,12 +63,12 @@ def run(models: list[str], size: int, batch: int, repeats: int, memory: str, dev
         rows.append(measure(name, size, batch, repeats, memory, device))
         row = rows[-1]
         Console().print(
-            f"{name}: {row['candidates']} candidates, plain {row['plain_s']:.1f} s, shared {row['shared_s']:.1f} s, gain "
-            f"{row['gain']:.2f} ({row['cpu_gain']:.2f} by process time); bound {row['bound']:.2f} "
+            f"{name}: {row['candidates']} candidates, plain {row['plain_s']:.1f} s, shared {row['shared_s']:.1f} s, "
+            f"gain {row['gain']:.2f} ({row['cpu_gain']:.2f} by process time); bound {row['bound']:.2f} "
             f"({row['gain'] / row['bound']:.0%} of it); kept at most {row['kept_bytes'] / 1e6:.0f} MB",
             highlight=False,
         )
-    write(out, "greedy", rows, device, size=size, batch=batch, repeats=repeats, memory=memory, pages_kept=kept)
+        write(out, "greedy", rows, device, size=size, batch=batch, repeats=repeats, memory=memory, pages_kept=kept)
 
 
 def measure(name: str, size: int, batch: int, repeats: int, memory: str, device: str) -> dict[str, Any]:
@@ -82,32 +82,42 @@ def measure(name: str, size: int, batch: int, repeats: int, memory: str, device:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator)
     labels = torch.randint(0, 1000, (batch,), generator=generator)
-    judge = Evaluator(net, [(images, labels)], F.cross_entropy, device=device, memory=memory)
+    judge, alone = (
+        Evaluator(net, [(images, labels)], F.cross_entropy, device=device, memory=memory, share=share)
+        for share in (True, False)
+    )
     times: dict[str, list[tuple[float, float]]] = {"plain": [], "shared": []}
     list(judge.many(candidates[:2]))
     for _ in range(repeats):
-        losses = {}
-        for kind in times:
-            start = time.perf_counter(), time.process_time()
-            if kind == "plain":
-                losses[kind] = [judge(c) for c in candidates]
-            else:
-                found = dict(judge.many(candidates))
-                losses[kind] = [found[i] for i in range(len(candidates))]
-            times[kind].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        assert losses["plain"] == losses["shared"], "shared losses differ from plain ones"
+        together = judge.many(candidates)
+        for _ in candidates:
+            (place, shared), seconds = _timed(partial(next, together), device)
+            times["shared"].append(seconds)
+            plain, seconds = _timed(partial(alone, candidates[place]), device)
+            times["plain"].append(seconds)
+            assert plain == shared, "a shared loss differs from the plain one"
     bound, attainable = bounds(net.graph, candidates)
-    wall, own = ([a[i] / b[i] for a, b in zip(times["plain"], times["shared"], strict=True)] for i in (0, 1))
+    total = {kind: np.array(seconds).sum(axis=0) / repeats for kind, seconds in times.items()}
+    gain, cpu_gain = total["plain"] / total["shared"]
     return {
         "model": name,
         "candidates": len(candidates),
-        **{f"{kind}_s": statistics.median(t[0] for t in seconds) for kind, seconds in times.items()},
-        "gain": statistics.median(wall),
-        "cpu_gain": statistics.median(own),
+        **{f"{kind}_s": float(seconds[0]) for kind, seconds in total.items()},
+        "gain": float(gain),
+        "cpu_gain": float(cpu_gain),
         "bound": bound,
         "attainable": attainable,
-        "share_of_bound": statistics.median(wall) / bound,
+        "share_of_bound": float(gain) / bound,
         "identical": True,
         "unshared": judge.unshared,
         "kept_bytes": judge.kept_bytes,
     }
+
+
+def _timed(call: Callable[[], Any], device: str) -> tuple[Any, tuple[float, float]]:
+    """Return what a call returns, and its seconds: on the clock, and of the process."""
+    start = time.perf_counter(), time.process_time()
+    found = call()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return found, (time.perf_counter() - start[0], time.process_time() - start[1])

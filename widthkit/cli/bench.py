@@ -151,3 +151,39 @@ def bench_greedy(
     from widthkit.bench.greedy import DEFAULT, run
 
     run(models or DEFAULT, size, batch, repeats, memory, device, out)
+
+
+@bench.command("search")
+def bench_search(
+    searchers: Annotated[
+        list[str] | None, typer.Option("--searcher", help="Searchers to compare with brute force")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Scores per space and budget")] = 10,
+    evaluations: Annotated[int, typer.Option(min=1, help="Most networks a search may judge")] = 200,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of the supernets for first populations; 0: skip")] = 10,
+    model: Annotated[str, typer.Option(help="Model of these supernets")] = "widthkit.bench.nets:plain_cnn",
+    limit: Annotated[int | None, typer.Option(help="Most images per part of the data")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Compare searchers with brute force, first populations with random ones, and time random draws."""
+    from widthkit.bench.search import run
+
+    run(searchers or ["evolution", "greedy", "random"], seeds, evaluations, epochs, model, limit, out)
+
+
+@bench.command("lazy")
+def bench_lazy(
+    model: Annotated[str, typer.Option(help="Model to train thinly on digits; takes width_mult")] = (
+        "torchvision/mobilenet_v2"
+    ),
+    seeds: Annotated[int, typer.Option(help="Supernets")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each")] = 3,
+    k: Annotated[int, typer.Option(help="Choices per group")] = 4,
+    image_size: Annotated[int, typer.Option(help="Image size")] = 16,
+    budget: Annotated[str, typer.Option(help="Budget of the searches")] = "0.6x",
+    out: JsonFile = None,
+) -> None:
+    """Compare greedy's lazy rounds and races with the plain loop: work, and whether the final widths are the same."""
+    from widthkit.bench.lazy import run
+
+    run(model, seeds, epochs, k, image_size, budget, out)

@@ -9,17 +9,22 @@ import typer
 
 from widthkit.cli.app import app
 from widthkit.cli.options import (
+    Alpha,
     Augment,
     BatchSize,
     Bins,
     BudgetText,
+    Calibrate,
+    CalibrateEpochs,
     Choices,
     Data,
     DataDir,
     Device,
     Divisor,
     Epochs,
+    Evaluations,
     FinalEpochs,
+    Fix,
     Freeze,
     ImageSize,
     Init,
@@ -37,14 +42,19 @@ from widthkit.cli.options import (
     Resume,
     Run,
     Schedule,
+    ScoreModelName,
+    ScoreModelOption,
     SearcherName,
     SearcherOption,
     SearchImages,
+    SearchMemory,
     Seed,
     Seeds,
+    StageCount,
     StrategyName,
     StrategyOption,
     WeightDecay,
+    fixed_widths,
     pairs,
     read_widths,
 )
@@ -68,6 +78,7 @@ def train_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
     epochs: Epochs = 10,
     batch_size: BatchSize = 128,
@@ -97,23 +108,38 @@ def search_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
     from widthkit.pipeline import Folder, Job
     from widthkit.search.run import describe
+    from widthkit.train.parallel import process_index
 
     folder = Folder(run)
     job = Job(folder.config(), folder)
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
-    job.config.search_images = search_images
+    job.config.score_model, job.config.score_model_options = score_model, pairs(score_model_option)
+    job.config.evaluations, job.config.calibrate = evaluations, calibrate
+    job.config.calibrate_epochs = calibrate_epochs
+    job.config.search_images, job.config.search_memory = search_images, search_memory
+    job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
     job.train_supernet(net, splits)
-    typer.echo(describe(job.search_widths(net, splits)))
-    typer.echo(f"next: widthkit export {run}")
+    result = job.search_widths(net, splits)
+    if process_index() == 0:
+        typer.echo(describe(result))
+        typer.echo(f"next: widthkit export {run}")
 
 
 @app.command("export")
@@ -150,12 +176,21 @@ def slim_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
     k: Choices = 10,
     bins: Bins = None,
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     epochs: Epochs = 10,
     final_epochs: FinalEpochs = 10,
     seeds: Seeds = 1,
@@ -175,6 +210,8 @@ def slim_command(
     values = dict(locals())
     from widthkit.report.run import report_run, table_text
 
+    if stages > 1 and bins is None:
+        values["bins"] = alpha ** (stages - 1)  # the last stage then has bins with beta 1
     job = _start(values)
     net, splits = job.check(final=True)
     job.folder.begin(job.config, resume)
@@ -201,6 +238,8 @@ def _start(values: dict[str, Any]) -> Any:
     settings["model_options"] = pairs(values.get("model_option"))
     settings["strategy_options"] = pairs(values.get("strategy_option"))
     settings["searcher_options"] = pairs(values.get("searcher_option"))
+    settings["score_model_options"] = pairs(values.get("score_model_option"))
     settings["mixed_precision"] = values["precision"]
+    settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)
     return Job(config, Folder(values["out"]))

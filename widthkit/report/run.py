@@ -138,7 +138,9 @@ def draw_search(result: SearchResult) -> bytes:
     axes.scatter([result.macs / 1e6], [result.score], color="#d1662b", zorder=3, label="chosen")
     axes.set_xlabel("MACs (millions)")
     axes.set_ylabel("score in the supernet (minus loss)")
-    axes.set_title(f"{result.searcher} search, budget {result.budget}: {len(result.trials)} networks judged")
+    how = "widths chosen" if result.searcher == "training" else f"{len(result.trials)} networks judged"
+    kind = "training" if result.searcher == "training" else f"{result.searcher} search"
+    axes.set_title(f"{kind}, budget {result.budget}: {how}")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)

@@ -134,8 +134,8 @@ class Evaluator:
         """Judge several width vectors, each as calling the evaluator would, but what they share is computed once.
 
         Yields:
-            The place of a width vector in the list, and its judgement, as soon as it is known. Vectors come in the order
-            of :func:`~widthkit.search.sharing.sharing_order`; in their own if this model's runs cannot be shared.
+            The place of a width vector in the list, and its judgement, as soon as it is known. Vectors come in the
+            order of :func:`~widthkit.search.sharing.sharing_order`; in their own if this model's runs cannot be shared.
         """
         left = self.order(vectors)
         waves = self._waves([vectors[place] for place in left])

@@ -59,7 +59,7 @@ class Known(Tensor):
     family: Family
 
     @staticmethod
-    def __new__(cls, run: Run, node: Node | None, box: Box | None, family: Family) -> Known:
+    def __new__(cls: type[Known], run: Run, node: Node | None, box: Box | None, family: Family) -> Known:
         """Make a tensor without memory of its own."""
         if node is None:
             assert box is not None

@@ -1,9 +1,9 @@
 """Values by where they come from: what a memo of operator calls knows, and what it keeps.
 
 Several sub-networks run on the same batch. A value is known by its *lineage*: a leaf (an input, or a slice of a
-parameter), or an operator with its arguments' lineages. Two sub-networks that reach the same lineage hold the same value,
-so the second need not compute it. Lineages are remembered without their values; values live as long as a running
-sub-network or the memo holds their :class:`Box`.
+parameter), or an operator with its arguments' lineages. Two sub-networks that reach the same lineage hold the same
+value, so the second need not compute it. Lineages are remembered without their values; values live as long as a
+running sub-network or the memo holds their :class:`Box`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from widthkit.graph import ChannelGraph, IntArray
 from widthkit.search.band import BAND
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
 from widthkit.search.fill import best_inside, filler, remark
+from widthkit.search.guided import GuidedSearch, TrainFn, make_guidance
 from widthkit.search.journal import Journal
 from widthkit.search.measured import describe_rows, measure_result, network_of, remarks
 from widthkit.search.providers import Offer, provided
@@ -33,6 +34,8 @@ from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
 from widthkit.train.parallel import broadcast_module, process_index
 
+KEPT = ("options", "history", "score_model", "score_model_options", "evaluations", "calibrate")
+"""Settings that results show."""
 _SAMPLED = 1 << 16
 """Numbers of a held-out batch that tell two data sets apart."""
 
@@ -53,6 +56,11 @@ def search(
     progress: bool = True,
     memory: str | int = "2GB",
     on_trial: Callable[[Trial, float], None] | None = None,
+    score_model: str | None = "auto",
+    score_model_options: Mapping[str, Any] | None = None,
+    evaluations: int | None = None,
+    calibrate: int = 0,
+    train_fn: TrainFn | None = None,
     **options: Any,
 ) -> SearchResult:
     """Find the best widths under a budget, among those that use more than 97% of it where the space has any.
@@ -78,6 +86,14 @@ def search(
         memory: Most memory for what candidates that are judged together share, such as ``"2GB"``.
         on_trial: Called after every judged width vector with the trial and the progress (0 to 1); of several processes
             only in the first.
+        score_model: Name of a registered score model: the searcher then sees its predictions, and the supernet judges
+            few networks, where they help most. ``None`` lets the supernet judge every proposal. ``"auto"`` takes the
+            default model for searchers that compare scores.
+        score_model_options: Options of the model.
+        evaluations: With a score model, how many networks the supernet judges; by default as many as the searcher alone
+            would propose, but at most 256.
+        calibrate: With a score model, how many networks are trained on their own, chosen by design.
+        train_fn: Trains them: widths -> accuracy (higher is better).
         **options: Options of the searcher.
 
     Raises:
@@ -93,7 +109,10 @@ def search(
     if chosen is not None:
         check_chosen(net, limit, chosen)
     engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
+    guidance = make_guidance(score_model, type(engine), evaluations, calibrate, train_fn, score_model_options)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
+    if guidance is not None and chosen is None:
+        settings |= guidance.settings()
     with launched(device) as place:
         judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, training=training, memory=memory)
         broadcast_module(net)
@@ -107,12 +126,25 @@ def search(
             known = from_first(journal.read) if resume else {}
             with _show(progress and first) as shown:
                 watchers = [f for f in (shown, on_trial) if f and first]
-                trials = run_loop(engine, net.graph, judge, journal, known, watchers)
-                rest = filler(net.space, limit, trials, seed)
-                if rest is not None:
-                    trials += run_loop(rest, net.graph, judge, journal, known, watchers)
+                rest, guided = None, None
+                if guidance is not None:
+
+                    def again() -> Searcher:
+                        draws = np.random.default_rng(seed)
+                        return make_searcher(searcher, net, limit, draws, options, Offer(net, loader, criterion))
+
+                    guide = GuidedSearch(guidance, again, net.space, limit, judge, journal, known, watchers)
+                    guided = guide.run(seed)
+                    trials = guided.trials
+                else:
+                    trials = run_loop(engine, net.graph, judge, journal, known, watchers)
+                    rest = filler(net.space, limit, trials, seed)
+                    if rest is not None:
+                        trials += run_loop(rest, net.graph, judge, journal, known, watchers)
             settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
             result = _result(net, limit, trials, settings)
+            if guided is not None:
+                result = guided.choose(result)
             why = remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)
             if why is not None:
                 result.settings["remark"] = why
@@ -267,7 +299,7 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
         full,
         trials,
         {
-            **{name: value for name, value in settings.items() if name in ("options", "history")},
+            **{name: value for name, value in settings.items() if name in KEPT},
             "strategy": repr(net.strategy),
             "space_size": str(net.space.size),
         },
