@@ -22,6 +22,7 @@ LAYERS = [
     {"supernet"},
     {"search"},
     {"export"},
+    {"blame"},
     {"joint", "stages"},
     {"pipeline"},
     {"report", "bench", "testing"},

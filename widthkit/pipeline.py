@@ -18,7 +18,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from torch.utils.data import Subset
 
+from widthkit.blame import is_slow, slow_layers, time_layers
 from widthkit.budget import Budget, Limit, parse_budget
 from widthkit.errors import CheckpointError, OptionError
-from widthkit.export import export, save
+from widthkit.export import check_same, export, save
 from widthkit.files import atomic_json
 from widthkit.graph import ChannelGraph
 from widthkit.models import create_model, input_channels
@@ -384,14 +385,41 @@ class Job:
         if not (self.folder.path / "supernet" / "checkpoint.safetensors").exists():
             raise CheckpointError(f"{self.folder.path} holds no trained supernet; run widthkit train first")
 
-    def export_slim(self, widths: dict[str, int], path: Path) -> tuple[Path, Path]:
-        """Write the network of given widths with the supernet's weights, its batch norms recalibrated."""
+    def export_slim(
+        self, widths: dict[str, int], path: Path, formats: Sequence[str] = ("safetensors",), **form: Any
+    ) -> tuple[Path, ...]:
+        """Write the network of given widths with the supernet's weights, its batch norms recalibrated.
+
+        Args:
+            widths: Group name -> width.
+            path: Where to write.
+            formats: As in :func:`widthkit.save`.
+            **form: ``dtype``, ``channels_last``, ``fold_bn`` and ``device``, as there.
+
+        Raises:
+            ExportError: If the network computes something else than the supernet at these widths, or a file
+                something else than the network; nothing is written then.
+        """
         net, data = self.check(search=False)
         kept_units(net.graph, widths)
         self.train_supernet(net, data)
-        slim = export(self._heir(net, data, widths), widths)
+        heir = self._heir(net, data, widths)
+        slim = export(heir, widths)
+        images = torch.stack([data.valid[i][0] for i in range(2)])
+        # Before recalibration: the supernet's statistics are still the slim network's.
+        same = check_same(heir.set_widths(widths), slim, images, name="the slim network")
+        self.say(f"slim: largest difference from the supernet {same.largest_difference:.2g}")
         recalibrate(slim, make_loader(data.train, self.config.batch_size, train=False))
-        return save(slim.cpu(), path, model=self.config.model, kwargs=self._kwargs(data))
+        return save(
+            slim.cpu(),
+            path,
+            formats=formats,
+            model=self.config.model,
+            kwargs=self._kwargs(data),
+            example_inputs=images,
+            say=self.say,
+            **form,
+        )
 
     def train_supernet(self, net: Supernet, data: DataSplits, stage: int = 1) -> None:
         """Train the supernet (of one stage, where there are several), or continue."""
@@ -536,6 +564,7 @@ class Job:
         latency = forward_latency(networks, shape, device=device)
         for row in table:
             row["latency_ms"] = latency[row["network"]]
+        self._blame(table, networks, shape, device)
         save(networks["searched"], self.folder.path / "slim", model=self.config.model, kwargs=self._kwargs(data))
         results = {
             "format": 1,
@@ -549,6 +578,19 @@ class Job:
         }
         atomic_json(self.folder.path / "results.json", results)
         return results
+
+    def _blame(
+        self, table: list[dict[str, Any]], networks: dict[str, nn.Module], shape: tuple[int, ...], device: str
+    ) -> None:
+        """Name the layers that keep a network from being as fast as its MACs promise, in its row of the table."""
+        dense = table[0]
+        slow = [r for r in table if is_slow(dense["latency_ms"], r["latency_ms"], dense["macs"], r["macs"])]
+        if slow:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+            usual = time_layers(networks["dense"].eval().to(device), x)
+            for row in slow:
+                layers = slow_layers(usual, time_layers(networks[row["network"]].eval().to(device), x))
+                row["slow_layers"] = [layer.record() for layer in layers]
 
     def _kwargs(self, data: DataSplits) -> dict[str, Any]:
         return {"num_classes": data.num_classes, **self.config.model_options}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -56,7 +55,6 @@ from widthkit.cli.options import (
     WeightDecay,
     fixed_widths,
     pairs,
-    read_widths,
 )
 
 
@@ -140,23 +138,6 @@ def search_command(
     if process_index() == 0:
         typer.echo(describe(result))
         typer.echo(f"next: widthkit export {run}")
-
-
-@app.command("export")
-def export_command(
-    run: Run,
-    widths: Annotated[Path | None, typer.Option(help="JSON file: group name -> width; the search's by default")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; RUN/slim by default")] = None,
-) -> None:
-    """Write the slim network with the supernet's weights, its batch norms recalibrated."""
-    from widthkit.pipeline import Folder, Job
-
-    folder = Folder(run)
-    job = Job(folder.config(), folder)
-    chosen = read_widths(widths) if widths else folder.result().widths
-    job.require_supernet()
-    for path in job.export_slim(chosen, out or folder.path / "slim"):
-        typer.echo(path)
 
 
 @app.command("slim")

@@ -13,11 +13,20 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from widthkit.blame import ENOUGH, SlowLayer, describe, is_slow
 from widthkit.budget import show_count
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_write
 from widthkit.search import SearchResult
 from widthkit.search.measured import describe_rows
+
+
+class _Slow(BaseModel):
+    name: str
+    dense_ms: float
+    slim_ms: float
+    work: float
+    excess_ms: float
 
 
 class _Row(BaseModel):
@@ -28,6 +37,7 @@ class _Row(BaseModel):
     accuracy_mean: float
     accuracy_std: float | None
     latency_ms: float
+    slow_layers: list[_Slow] = []
 
 
 class _Latency(BaseModel):
@@ -176,8 +186,13 @@ def remarks(results: dict[str, Any]) -> list[str]:
     found = list(results.get("notes", []))
     if searched["latency_ms"] >= dense["latency_ms"]:
         found.append("the searched network is not faster than the dense one on this device")
-    elif dense["latency_ms"] / searched["latency_ms"] < 0.8 * dense["macs"] / searched["macs"]:
-        found.append("the speed-up is below 0.8 of the MACs ratio on this device")
+    for row in (uniform, searched):
+        if is_slow(dense["latency_ms"], row["latency_ms"], dense["macs"], row["macs"]):
+            layers = [SlowLayer(**layer) for layer in row.get("slow_layers", [])]
+            why = f"; most time beyond their work: {describe(layers)}" if layers else ""
+            found.append(
+                f"the speed-up of the {row['network']} network is below {ENOUGH} of the MACs ratio on this device{why}"
+            )
     if searched["accuracy_mean"] < uniform["accuracy_mean"]:
         found.append("the uniformly shrunk network is more accurate than the searched one")
     spread = max(r["accuracy_std"] or 0.0 for r in (uniform, searched))
