@@ -221,7 +221,7 @@ def target_macs(text: str, graph: ChannelGraph) -> int:
     bounds = [limit.value for limit in parse_budget(text, graph).limits if limit.kind == "macs"]
     if not bounds:
         raise OptionError(f"target '{text}' says nothing about MACs, which is what gates are trained for; add a bound")
-    return min(bounds)
+    return int(min(bounds))
 
 
 def _padded(free: BoolArray, group: IntArray, n_groups: int) -> IntArray:

@@ -32,6 +32,8 @@ class ImportanceSearcher(Searcher):
         importance: From a criterion to a score per unit; the search provides it. Without it all units count alike.
     """
 
+    compares_scores = False
+
     def __init__(
         self,
         space: SearchSpace,

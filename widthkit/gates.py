@@ -56,19 +56,10 @@ class Gates:
         self.model = model
         self.graph = graph
         widths = graph.group_widths
-        self.starts = dict(zip(graph.group_names, np.concatenate([[0], np.cumsum(widths)[:-1]]).tolist(), strict=True))
+        self._starts = np.cumsum(widths) - widths
         self.total = int(widths.sum())
         self._own = dict(model.named_parameters())
         self._places = self._find(merged)
-
-    def flat(self, gates: Mapping[str, Tensor]) -> Tensor:
-        """Join gates per group into one vector ``[units of all groups]``; a group that is missing is open."""
-        parts = [
-            gates.get(name, torch.ones(int(width)))
-            for name, width in zip(self.graph.group_names, self.graph.group_widths, strict=True)
-        ]
-        device = next((p.device for p in gates.values()), torch.device("cpu"))
-        return torch.cat([part.to(device) for part in parts])
 
     def run(self, gates: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model.
@@ -80,13 +71,15 @@ class Gates:
         """
         factors = torch.cat([gates, gates.new_ones(1)])
         scaled: dict[str, Tensor] = {}
+        # Looked up at every run: moving a module to another device may replace its parameters.
+        own = dict(self.model.named_parameters())
         with ExitStack() as stack:
             for place in self._places:
                 factor = factors.index_select(0, place.index.to(factors.device))
                 if place.input:
                     stack.enter_context(_input_scaled(self.model.get_submodule(place.name), factor, place.dim))
                 else:
-                    weight = scaled.get(place.name, self._own[place.name])
+                    weight = scaled.get(place.name, own[place.name])
                     scaled[place.name] = weight * _along(factor, place.dim, weight)
             return functional_call(self.model, scaled, args, dict(kwargs))
 
@@ -146,8 +139,7 @@ class Gates:
         return found
 
     def _index(self, positions: Positions) -> Tensor:
-        starts = np.array([self.starts[name] for name in self.graph.group_names], dtype=np.int64)
-        index: IntArray = np.where(positions.group < 0, self.total, starts[positions.group] + positions.rank)
+        index: IntArray = np.where(positions.group < 0, self.total, self._starts[positions.group] + positions.rank)
         with torch.inference_mode(False):
             return torch.from_numpy(index)
 

@@ -48,6 +48,15 @@ class ModelName:
                 with _EmptyOnMeta():
                     return self.build()
 
+    def hollow(self) -> nn.Module:
+        """Build the model with its weights on the meta device and everything that was computed in place.
+
+        Raises:
+            ModelError: As :meth:`build`.
+        """
+        with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+            return self.build()
+
 
 class _EmptyOnMeta(TorchFunctionMode):
     """Puts only what nobody has filled yet, the weights of layers, on the meta device."""

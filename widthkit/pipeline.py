@@ -13,11 +13,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from torch.utils.data import Subset
 
+from widthkit.blame import is_slow, slow_layers, time_layers
 from widthkit.budget import Budget, Limit, parse_budget
 from widthkit.errors import CheckpointError, OptionError
-from widthkit.export import export, save
+from widthkit.export import check_same, export, save
 from widthkit.files import atomic_json
 from widthkit.graph import ChannelGraph
 from widthkit.models import create_model, input_channels
 from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
+from widthkit.search.guided import make_guidance, make_model
+from widthkit.search.measured import describe_rows, network_of
 from widthkit.search.run import make_searcher
 from widthkit.search.sharing import parse_memory
 from widthkit.space import uniform_space
@@ -74,6 +78,11 @@ class RunConfig(BaseModel):
         searcher: Searcher.
         searcher_options: Its options.
         search_images: Held-out images that every candidate is judged on, at most.
+        score_model: Score model that smooths the supernet's scores; ``auto`` for the default, ``none`` for none.
+        score_model_options: Its options.
+        evaluations: With a score model, networks that the supernet judges; the searcher's own number by default.
+        calibrate: With a score model, networks that are trained on their own.
+        calibrate_epochs: Epochs of each of these trainings.
         search_memory: Most memory for what candidates that are judged together share.
         budget: What the slim network may cost.
         k: Evenly spaced choices per group.
@@ -117,6 +126,11 @@ class RunConfig(BaseModel):
     searcher: str = "greedy"
     searcher_options: dict[str, Any] = {}
     search_images: int = Field(default=2048, ge=1)
+    score_model: str = "auto"
+    score_model_options: dict[str, Any] = {}
+    evaluations: int | None = None
+    calibrate: int = 0
+    calibrate_epochs: int = Field(default=2, ge=1)
     search_memory: str = "2GB"
     budget: str = "0.5x"
     k: int = 10
@@ -291,11 +305,33 @@ class Job:
         make_optimizer(net, self._settings(config.epochs))
         make_loader(data.train, config.batch_size, train=True)
         if search:
-            budget = parse_budget(config.budget, graph)
-            budget.check(net.space)
-            self._stage_plan(net)
+            budget = self._budget(net)
+            self._stage_plan(net).check(net.space)
             make_searcher(config.searcher, net, budget, np.random.default_rng(config.seed), config.searcher_options)
+            self._guidance(net)
         return net, data
+
+    def _guidance(self, net: Supernet) -> None:
+        """Refuse a score model or its options before anything is trained."""
+        c = self.config
+        chosen = None if c.score_model == "none" else c.score_model
+        guidance = make_guidance(
+            chosen, SEARCHERS.get(c.searcher), c.evaluations, c.calibrate, lambda widths: 0.0, c.score_model_options
+        )
+        if guidance is not None:
+            make_model(guidance, net.space)
+        if c.calibrate:
+            self._settings(c.calibrate_epochs).check()
+
+    def _budget(self, net: Supernet) -> Budget:
+        return parse_budget(self.config.budget, net.graph, lambda widths: network_of(net, widths))
+
+    def _uniform(self, net: Supernet, macs: int) -> dict[str, int]:
+        """Shrink uniformly to the searched network's MACs, or as far as a budget in memory or latency allows."""
+        budget = self._budget(net)
+        if any(limit.kind in ("memory", "latency") for limit in budget.limits):
+            return uniform_widths(net.space, budget)
+        return self.uniform(net.graph, macs)
 
     def _rank_batches(self, data: DataSplits) -> Iterable[Any]:
         count = min(self.config.rank_images, len(data.train))  # type: ignore[arg-type]
@@ -349,14 +385,41 @@ class Job:
         if not (self.folder.path / "supernet" / "checkpoint.safetensors").exists():
             raise CheckpointError(f"{self.folder.path} holds no trained supernet; run widthkit train first")
 
-    def export_slim(self, widths: dict[str, int], path: Path) -> tuple[Path, Path]:
-        """Write the network of given widths with the supernet's weights, its batch norms recalibrated."""
+    def export_slim(
+        self, widths: dict[str, int], path: Path, formats: Sequence[str] = ("safetensors",), **form: Any
+    ) -> tuple[Path, ...]:
+        """Write the network of given widths with the supernet's weights, its batch norms recalibrated.
+
+        Args:
+            widths: Group name -> width.
+            path: Where to write.
+            formats: As in :func:`widthkit.save`.
+            **form: ``dtype``, ``channels_last``, ``fold_bn`` and ``device``, as there.
+
+        Raises:
+            ExportError: If the network computes something else than the supernet at these widths, or a file
+                something else than the network; nothing is written then.
+        """
         net, data = self.check(search=False)
         kept_units(net.graph, widths)
         self.train_supernet(net, data)
-        slim = export(self._heir(net, data, widths), widths)
+        heir = self._heir(net, data, widths)
+        slim = export(heir, widths)
+        images = torch.stack([data.valid[i][0] for i in range(2)])
+        # Before recalibration: the supernet's statistics are still the slim network's.
+        same = check_same(heir.set_widths(widths), slim, images, name="the slim network")
+        self.say(f"slim: largest difference from the supernet {same.largest_difference:.2g}")
         recalibrate(slim, make_loader(data.train, self.config.batch_size, train=False))
-        return save(slim.cpu(), path, model=self.config.model, kwargs=self._kwargs(data))
+        return save(
+            slim.cpu(),
+            path,
+            formats=formats,
+            model=self.config.model,
+            kwargs=self._kwargs(data),
+            example_inputs=images,
+            say=self.say,
+            **form,
+        )
 
     def train_supernet(self, net: Supernet, data: DataSplits, stage: int = 1) -> None:
         """Train the supernet (of one stage, where there are several), or continue."""
@@ -381,7 +444,7 @@ class Job:
     def search_widths(self, net: Supernet, data: DataSplits) -> SearchResult:
         """Search in a trained supernet, or continue; with several stages the later supernets are trained on the way."""
         if self.config.stages == 1:
-            return self._search(net, data, parse_budget(self.config.budget, net.graph), self.folder.path)
+            return self._search(net, data, self._budget(net), self.folder.path)
         plan = self._stage_plan(net)
 
         def train_stage(net: Supernet, stage: int) -> None:
@@ -400,7 +463,7 @@ class Job:
         c = self.config
         if c.stages != 1 and c.bins is None:
             raise OptionError("a search in stages needs FLOPs-sensitive bins; train the supernet with --bins")
-        budget = parse_budget(c.budget, net.graph)
+        budget = self._budget(net)
         return StagePlan(budget, c.stages, c.alpha, c.bins or 1.0, c.min_width, c.divisor, c.fixed)
 
     def _heir(self, net: Supernet, data: DataSplits, widths: Mapping[str, int]) -> Supernet:
@@ -433,6 +496,11 @@ class Job:
             resume=True,
             progress=self.progress,
             device=c.device,
+            score_model=None if c.score_model == "none" else c.score_model,
+            score_model_options=c.score_model_options,
+            evaluations=c.evaluations,
+            calibrate=c.calibrate,
+            train_fn=lambda widths: self.stand_alone(widths, net, data),
             memory=c.search_memory,
             **c.searcher_options,
         )
@@ -440,7 +508,22 @@ class Job:
         self.say(f"search: {len(result.trials)} networks judged; best uses {used:.1%} of the budget {budget}")
         if "remark" in result.settings:
             self.say(f"search: {result.settings['remark']}")
+        for phrase in describe_rows(result.measured):
+            self.say(f"search: {phrase}")
         return result
+
+    def stand_alone(self, widths: dict[str, int], net: Supernet, data: DataSplits) -> float:
+        """Train a network of given widths briefly from fresh weights, or continue; return its held-out accuracy."""
+        c = self.config
+        slim = export(self.fresh_model(data, c.seed), widths, graph=net.graph)
+        name = hashlib.sha256(json.dumps(widths, sort_keys=True).encode()).hexdigest()[:16]
+        loader = make_loader(data.train, c.batch_size, train=True, seed=c.seed)
+        out = self.folder.path / "calibration" / name
+        train(slim, loader, c.calibrate_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
+        recalibrate(slim, make_loader(data.train, c.batch_size, train=False))
+        found = evaluate(slim, make_loader(data.valid, 512, train=False), device=c.device)
+        self.say(f"calibration: {net.graph.macs(widths) / net.graph.macs():.1%} of the MACs, {found['accuracy']:.2%}")
+        return float(found["accuracy"])
 
     def final_network(self, name: str, widths: dict[str, int], net: Supernet, data: DataSplits, seed: int) -> nn.Module:
         """Train one network of given widths with one seed, or continue, and return it."""
@@ -469,7 +552,7 @@ class Job:
         result = self.search_widths(net, data)
         chosen = {
             "dense": net.graph.full,
-            "uniform": self.uniform(net.graph, result.macs),
+            "uniform": self._uniform(net, result.macs),
             "searched": result.widths,
         }
         table, networks = [], {}
@@ -481,6 +564,7 @@ class Job:
         latency = forward_latency(networks, shape, device=device)
         for row in table:
             row["latency_ms"] = latency[row["network"]]
+        self._blame(table, networks, shape, device)
         save(networks["searched"], self.folder.path / "slim", model=self.config.model, kwargs=self._kwargs(data))
         results = {
             "format": 1,
@@ -489,9 +573,24 @@ class Job:
             "latency": {"input_shape": list(shape), "device": device, "threads": torch.get_num_threads()},
             "table": table,
             "widths": chosen,
+            "measured": result.measured,
+            "notes": result.notes,
         }
         atomic_json(self.folder.path / "results.json", results)
         return results
+
+    def _blame(
+        self, table: list[dict[str, Any]], networks: dict[str, nn.Module], shape: tuple[int, ...], device: str
+    ) -> None:
+        """Name the layers that keep a network from being as fast as its MACs promise, in its row of the table."""
+        dense = table[0]
+        slow = [r for r in table if is_slow(dense["latency_ms"], r["latency_ms"], dense["macs"], r["macs"])]
+        if slow:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+            usual = time_layers(networks["dense"].eval().to(device), x)
+            for row in slow:
+                layers = slow_layers(usual, time_layers(networks[row["network"]].eval().to(device), x))
+                row["slow_layers"] = [layer.record() for layer in layers]
 
     def _kwargs(self, data: DataSplits) -> dict[str, Any]:
         return {"num_classes": data.num_classes, **self.config.model_options}

@@ -212,13 +212,14 @@ def resized(graph: ChannelGraph, kept: KeptUnits) -> dict[str, Any]:
     return {"group_widths": vector, "tensors": tensors, "attributes": attributes}
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0, initialise: bool = True) -> nn.Module:
     """Return a new, dense model that the plan describes; the input is untouched.
 
     Args:
         model: The model that the plan's graph was traced from.
         plan: From :func:`make_plan`.
         seed: Seeds the initial values of new channels; the global random state is left as it was.
+        initialise: Give new channels such values; zeros otherwise, for whoever fills them anyway.
 
     Raises:
         WidthsError: If the plan was made for a model of other shapes.
@@ -227,7 +228,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     slim = clone_with(model, lambda name, tensor: take(tensor.detach(), plan.tensors.get(name, {})))
     for (path, name), values in plan.attributes.items():
         set_attribute(slim.get_submodule(path), name, values)
-    if plan.grows:
+    if plan.grows and initialise:
         _initialise_new(slim, plan, seed)
     return slim
 

@@ -79,6 +79,19 @@ class StagePlan:
             limits.append(replace(limit, value=value, text=f"{limit.text} (stage {stage} of {self.stages}: {value})"))
         return Budget(tuple(limits))
 
+    def check(self, first: SearchSpace) -> None:
+        """Refuse a budget that the first stage's narrowest network, or the last stage's, exceeds.
+
+        Args:
+            first: The space of the first stage; the last one's is foreseen with the widths of the model as it is.
+
+        Raises:
+            BudgetError: Naming the narrowest network's cost.
+        """
+        self.budget_at(1, first).check(first)
+        if self.stages > 1:
+            self.budget.check(self.space_at(self.stages, first.graph, first.graph.full))
+
     def space_at(self, stage: int, graph: ChannelGraph, model: Mapping[str, int]) -> SearchSpace:
         """Return the space of a later stage: bins up to the widths of ``graph``, limits as for the ``model``."""
         space = flops_bins(graph, self.beta_at(stage), divisor=self.divisor, fixed=self.fixed)
@@ -229,7 +242,7 @@ def search_in_stages(
     limits: dict[str, Any] = {"min_width": min_width, "divisor": divisor, "fixed": fixed}
     net = make_supernet(model, strategy, bins=beta, max_width=max_width, seed=seed, **limits, **(supernet or {}))
     plan = StagePlan(parse_budget(budget, net.graph), stages, alpha, beta, **limits)
-    plan.budget.check(net.space)
+    plan.check(net.space)
     folder = None if out is None else Path(out)
     place = (lambda stage: None) if folder is None else (lambda stage: folder / f"stage-{stage}")
     common: dict[str, Any] = {"seed": seed, "resume": resume}

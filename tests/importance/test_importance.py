@@ -23,6 +23,7 @@ from widthkit_plugins.bcv2 import BilaterallyCoupledV2
 from widthkit.errors import DataError, OptionError
 from widthkit.graph import ChannelGraph
 from widthkit.importance import CRITERIA, unit_scores
+from widthkit.pipeline import Folder, Job, RunConfig
 from widthkit.space import GroupChoices
 from widthkit.strategy import STRATEGIES
 from widthkit.supernet import make_supernet
@@ -253,3 +254,18 @@ def test_an_order_that_loses_units_is_refused():
 def test_groups_are_those_of_the_graph():
     assert isinstance(small_graph(), ChannelGraph)
     assert set(unit_scores(small_net(), small_graph())) == set(small_graph().group_names)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_a_run_ranks_its_supernet_by_training_images(tmp_path, criterion):
+    config = RunConfig(model="timm/test_resnet", data="digits", limit=48, rank=criterion, rank_images=20, batch_size=16)
+    job = Job(config, Folder(tmp_path), progress=False)
+    net, data = job.check(search=False)
+    model = job.fresh_model(data, config.seed)
+    images = torch.stack([data.train[i][0] for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+    pairs = zip(net.model.parameters(), model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(OptionError, match="did you mean taylor"):
+        Job(config.model_copy(update={"rank": "tylor"}), Folder(tmp_path), progress=False).check(search=False)

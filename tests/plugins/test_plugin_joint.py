@@ -87,8 +87,8 @@ def test_trained_jointly_and_exported_as_dense_networks(tmp_path, private_affine
             torch.testing.assert_close(dense.eval()(images), joint.switch(index)(images), rtol=1e-4, atol=1e-5)
             # Eval mode, without recalibration: every width has statistics that fit it.
             assert F.cross_entropy(dense(images), labels) < 0.9
-    assert exported[0].conv1.out_channels == 12
-    assert exported[1].conv1.out_channels == 1
+    assert exported[0].conv1.out_channels == 96
+    assert exported[1].conv1.out_channels == 10
     # A resumed run has the private parts in its checkpoint.
     again = JointNet(
         wk.make_supernet(model, "ua", graph=net.graph, space=net.space),

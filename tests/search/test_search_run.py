@@ -31,6 +31,7 @@ def build(strategy=None, seed=0, **options):
 
 def quiet(net, budget="0.5x", searcher="greedy", loader=LOADER, **options):
     options.setdefault("progress", False)
+    options.setdefault("score_model", None)  # the searcher alone; test_search_score_models.py has the other kind
     return search(net, loader, budget, searcher, loss=options.pop("loss", F.cross_entropy), **options)
 
 

@@ -140,14 +140,15 @@ class Bench:
         self.setup, self.folder, self.data_dir, self.say = setup, folder, data_dir, say
         file = folder / "setup.json"
         wanted = asdict(setup)
-        if not file.exists():
-            atomic_json(file, wanted)
-        elif (stored := read_json(file)) != wanted:
-            name = next(n for n in wanted if stored.get(n) != wanted[n])
+        stored = read_json(file) if file.exists() else wanted
+        # More seeds only add records.
+        if name := next((n for n in wanted if n != "seeds" and stored.get(n) != wanted[n]), None):
             raise OptionError(
                 f"{folder} holds records with {name}={stored.get(name)!r}, not {wanted[name]!r}; "
                 "use the same settings or another --out"
             )
+        if not file.exists() or stored != wanted:
+            atomic_json(file, wanted)
 
     @cached_property
     def data(self) -> DataSplits:

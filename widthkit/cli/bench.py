@@ -59,6 +59,26 @@ def bench_cost(
     run(model, vectors, out)
 
 
+@bench.command("predict")
+def bench_predict(
+    models: Annotated[list[str] | None, typer.Option("--model", help="Models to predict and measure")] = None,
+    size: Annotated[int, typer.Option(help="Image size")] = 112,
+    at: Annotated[str, typer.Option(help="Where: device, batch=8, fp32 or bf16, channels_last, with commas")] = "cpu",
+    networks: Annotated[int, typer.Option(min=2, help="Random sub-networks per model")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draw")] = 1,
+    out: JsonFile = None,
+) -> None:
+    """Compare predicted latencies of random sub-networks with measured ones."""
+    import torch
+
+    from widthkit.bench.predict import DEFAULT, run
+    from widthkit.latency import read_conditions
+
+    torch.set_num_threads(threads)
+    run(models or DEFAULT, size, read_conditions(at.split(","), f"--at {at}"), networks, out, seed)
+
+
 @bench.command("strategy-memory")
 def bench_strategy_memory(
     model: Annotated[str, typer.Option(help="Model to train")] = "torchvision/resnet18",
@@ -131,6 +151,24 @@ def bench_greedy(
     from widthkit.bench.greedy import DEFAULT, run
 
     run(models or DEFAULT, size, batch, repeats, memory, device, out)
+
+
+@bench.command("search")
+def bench_search(
+    searchers: Annotated[
+        list[str] | None, typer.Option("--searcher", help="Searchers to compare with brute force")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Scores per space and budget")] = 10,
+    evaluations: Annotated[int, typer.Option(min=1, help="Most networks a search may judge")] = 200,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of the supernets for first populations; 0: skip")] = 10,
+    model: Annotated[str, typer.Option(help="Model of these supernets")] = "widthkit.bench.nets:plain_cnn",
+    limit: Annotated[int | None, typer.Option(help="Most images per part of the data")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Compare searchers with brute force, first populations with random ones, and time random draws."""
+    from widthkit.bench.search import run
+
+    run(searchers or ["evolution", "greedy", "random"], seeds, evaluations, epochs, model, limit, out)
 
 
 @bench.command("lazy")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -14,12 +13,15 @@ from widthkit.cli.options import (
     BatchSize,
     Bins,
     BudgetText,
+    Calibrate,
+    CalibrateEpochs,
     Choices,
     Data,
     DataDir,
     Device,
     Divisor,
     Epochs,
+    Evaluations,
     FinalEpochs,
     Fix,
     Freeze,
@@ -39,6 +41,8 @@ from widthkit.cli.options import (
     Resume,
     Run,
     Schedule,
+    ScoreModelName,
+    ScoreModelOption,
     SearcherName,
     SearcherOption,
     SearchImages,
@@ -51,7 +55,6 @@ from widthkit.cli.options import (
     WeightDecay,
     fixed_widths,
     pairs,
-    read_widths,
 )
 
 
@@ -103,6 +106,11 @@ def search_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
     search_memory: SearchMemory = "2GB",
     stages: StageCount = 1,
     alpha: Alpha = 2.0,
@@ -117,6 +125,9 @@ def search_command(
     job = Job(folder.config(), folder)
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
+    job.config.score_model, job.config.score_model_options = score_model, pairs(score_model_option)
+    job.config.evaluations, job.config.calibrate = evaluations, calibrate
+    job.config.calibrate_epochs = calibrate_epochs
     job.config.search_images, job.config.search_memory = search_images, search_memory
     job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
@@ -127,23 +138,6 @@ def search_command(
     if process_index() == 0:
         typer.echo(describe(result))
         typer.echo(f"next: widthkit export {run}")
-
-
-@app.command("export")
-def export_command(
-    run: Run,
-    widths: Annotated[Path | None, typer.Option(help="JSON file: group name -> width; the search's by default")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; RUN/slim by default")] = None,
-) -> None:
-    """Write the slim network with the supernet's weights, its batch norms recalibrated."""
-    from widthkit.pipeline import Folder, Job
-
-    folder = Folder(run)
-    job = Job(folder.config(), folder)
-    chosen = read_widths(widths) if widths else folder.result().widths
-    job.require_supernet()
-    for path in job.export_slim(chosen, out or folder.path / "slim"):
-        typer.echo(path)
 
 
 @app.command("slim")
@@ -163,6 +157,11 @@ def slim_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
     search_memory: SearchMemory = "2GB",
     k: Choices = 10,
     bins: Bins = None,
@@ -220,6 +219,7 @@ def _start(values: dict[str, Any]) -> Any:
     settings["model_options"] = pairs(values.get("model_option"))
     settings["strategy_options"] = pairs(values.get("strategy_option"))
     settings["searcher_options"] = pairs(values.get("searcher_option"))
+    settings["score_model_options"] = pairs(values.get("score_model_option"))
     settings["mixed_precision"] = values["precision"]
     settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)

@@ -37,8 +37,25 @@ SearcherName = Annotated[str, typer.Option("--searcher", help="Searcher; see wid
 StrategyOption = Annotated[list[str] | None, typer.Option(help="Option of the strategy, as NAME=VALUE (JSON)")]
 SearcherOption = Annotated[list[str] | None, typer.Option(help="Option of the searcher, as NAME=VALUE (JSON)")]
 SearchImages = Annotated[int, typer.Option(min=1, help="Held-out images that every candidate is judged on, at most")]
+ScoreModelName = Annotated[
+    str, typer.Option("--score-model", help="Smooths the supernet's scores: auto, none or a name; see widthkit plugins")
+]
+ScoreModelOption = Annotated[list[str] | None, typer.Option(help="Option of the score model, as NAME=VALUE (JSON)")]
+Evaluations = Annotated[
+    int | None,
+    typer.Option(min=2, help="Networks that the supernet judges for a score model"),
+]
+Calibrate = Annotated[int, typer.Option(min=0, help="Stand-alone trainings, chosen by design, that correct the scores")]
+CalibrateEpochs = Annotated[int, typer.Option(min=1, help="Epochs of each of them")]
 SearchMemory = Annotated[str, typer.Option(help="Most memory for what candidates that are judged together share")]
-BudgetText = Annotated[str, typer.Option("--budget", help="0.5x, 2.0GMACs, 3.1Mparams, or several with commas")]
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="0.5x, 2.0GMACs, 3.1Mparams, memory like 12MB or 12MB@batch=16,bf16, latency like "
+        "1.8ms@cuda:0,batch=8,channels_last; several with commas",
+    ),
+]
 Choices = Annotated[int, typer.Option("--k", help="Evenly spaced choices per group")]
 Bins = Annotated[
     float | None, typer.Option(help="FLOPs-sensitive bins with this beta, instead of --k (the first stage's)")

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from widthkit.graph import ChannelGraph, IntArray
 from widthkit.search.band import BAND
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
 from widthkit.search.fill import best_inside, filler, remark
+from widthkit.search.guided import GuidedSearch, TrainFn, make_guidance
 from widthkit.search.journal import Journal
+from widthkit.search.measured import describe_rows, measure_result, network_of, remarks
 from widthkit.search.providers import Offer, provided
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.rounds import check_same, from_first, judge_round, launched
@@ -31,6 +34,8 @@ from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
 from widthkit.train.parallel import broadcast_module, process_index
 
+KEPT = ("options", "history", "score_model", "score_model_options", "evaluations", "calibrate")
+"""Settings that results show."""
 _SAMPLED = 1 << 16
 """Numbers of a held-out batch that tell two data sets apart."""
 
@@ -51,6 +56,11 @@ def search(
     progress: bool = True,
     memory: str | int = "2GB",
     on_trial: Callable[[Trial, float], None] | None = None,
+    score_model: str | None = "auto",
+    score_model_options: Mapping[str, Any] | None = None,
+    evaluations: int | None = None,
+    calibrate: int = 0,
+    train_fn: TrainFn | None = None,
     **options: Any,
 ) -> SearchResult:
     """Find the best widths under a budget, among those that use more than 97% of it where the space has any.
@@ -61,7 +71,8 @@ def search(
     Args:
         net: A trained supernet.
         loader: Held-out batches ``(inputs, targets)``.
-        budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, or several.
+        budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, ``"12MB"``, ``"1.8ms@cpu"``, or several; see
+            :func:`widthkit.budget.parse_budget`.
         searcher: Name of a registered searcher. A supernet whose strategy chooses widths in training needs none: its
             widths are judged once and returned, and ``settings["units"]`` names the units.
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
@@ -75,6 +86,14 @@ def search(
         memory: Most memory for what candidates that are judged together share, such as ``"2GB"``.
         on_trial: Called after every judged width vector with the trial and the progress (0 to 1); of several processes
             only in the first.
+        score_model: Name of a registered score model: the searcher then sees its predictions, and the supernet judges
+            few networks, where they help most. ``None`` lets the supernet judge every proposal. ``"auto"`` takes the
+            default model for searchers that compare scores.
+        score_model_options: Options of the model.
+        evaluations: With a score model, how many networks the supernet judges; by default as many as the searcher alone
+            would propose, but at most 256.
+        calibrate: With a score model, how many networks are trained on their own, chosen by design.
+        train_fn: Trains them: widths -> accuracy (higher is better).
         **options: Options of the searcher.
 
     Raises:
@@ -82,7 +101,7 @@ def search(
         CheckpointError: If ``resume`` finds a journal of another search.
         ModelError: If no network inside the budget got a finite score.
     """
-    limit = parse_budget(budget, net.graph)
+    limit = parse_budget(budget, net.graph, lambda widths: network_of(net, widths))
     limit.check(net.space)
     rng = np.random.default_rng(seed)
     criterion = loss or cross_entropy()
@@ -90,7 +109,10 @@ def search(
     if chosen is not None:
         check_chosen(net, limit, chosen)
     engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
+    guidance = make_guidance(score_model, type(engine), evaluations, calibrate, train_fn, score_model_options)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
+    if guidance is not None and chosen is None:
+        settings |= guidance.settings()
     with launched(device) as place:
         judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, training=training, memory=memory)
         broadcast_module(net)
@@ -104,15 +126,29 @@ def search(
             known = from_first(journal.read) if resume else {}
             with _show(progress and first) as shown:
                 watchers = [f for f in (shown, on_trial) if f and first]
-                trials = run_loop(engine, net.graph, judge, journal, known, watchers)
-                rest = filler(net.space, limit, trials, seed)
-                if rest is not None:
-                    trials += run_loop(rest, net.graph, judge, journal, known, watchers)
+                rest, guided = None, None
+                if guidance is not None:
+
+                    def again() -> Searcher:
+                        draws = np.random.default_rng(seed)
+                        return make_searcher(searcher, net, limit, draws, options, Offer(net, loader, criterion))
+
+                    guide = GuidedSearch(guidance, again, net.space, limit, judge, journal, known, watchers)
+                    guided = guide.run(seed)
+                    trials = guided.trials
+                else:
+                    trials = run_loop(engine, net.graph, judge, journal, known, watchers)
+                    rest = filler(net.space, limit, trials, seed)
+                    if rest is not None:
+                        trials += run_loop(rest, net.graph, judge, journal, known, watchers)
             settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
             result = _result(net, limit, trials, settings)
+            if guided is not None:
+                result = guided.choose(result)
             why = remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)
             if why is not None:
                 result.settings["remark"] = why
+        result = from_first(lambda: with_measurements(result, net, limit))
         if out is not None:
             from_first(lambda: result.save(Path(out) / "search.json"))
     return result
@@ -263,11 +299,17 @@ def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[s
         full,
         trials,
         {
-            **{name: value for name, value in settings.items() if name in ("options", "history")},
+            **{name: value for name, value in settings.items() if name in KEPT},
             "strategy": repr(net.strategy),
             "space_size": str(net.space.size),
         },
     )
+
+
+def with_measurements(result: SearchResult, net: Supernet, budget: Budget) -> SearchResult:
+    """Measure the best network where the budget is in memory or latency, and note what disappoints."""
+    rows = measure_result(net, budget, result.widths)
+    return replace(result, measured=rows, notes=remarks(rows, result.macs, result.full["macs"]))
 
 
 def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str, Any]) -> str:
@@ -298,13 +340,16 @@ def _show(progress: bool) -> AbstractContextManager[Callable[[Trial, float], Non
 
 
 def describe(result: SearchResult) -> str:
-    """One line for people: what was found, at which cost."""
+    """Say for people what was found, at which cost; one line, and one more per note."""
     share = result.macs / result.full["macs"]
     accuracy = "" if result.accuracy is None else f", accuracy in the supernet {result.accuracy:.1%}"
     diverged = sum(not math.isfinite(trial.score) for trial in result.trials)
     lost = f", {diverged} of them without a finite loss" if diverged else ""
+    measured = "".join(f"; {phrase}" for phrase in describe_rows(result.measured))
+    notes = "".join(f"\nnote: {note}" for note in result.notes)
     return (
         f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
-        f"{accuracy}, {len(result.trials)} networks judged{lost}"
+        f"{accuracy}, {len(result.trials)} networks judged{lost}{measured}"
         + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
+        + notes
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,6 +26,9 @@ class Searcher(ABC):
         budget: What the result may cost.
         rng: The only source of randomness.
     """
+
+    compares_scores: ClassVar[bool] = True
+    """Whether scores decide what is proposed or chosen; ``False`` for baselines with one proposal."""
 
     def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
         self.space = space

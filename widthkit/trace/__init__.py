@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from widthkit.clone import meta_clone, real_clone
 from widthkit.errors import ModelError, TraceError, WidthkitError
@@ -17,6 +16,7 @@ from widthkit.trace.context import RunState, flat_tensors
 from widthkit.trace.draft import Draft
 from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype
 from widthkit.trace.probe import probe
+from widthkit.trace.program import double_batch, with_program
 from widthkit.trace.recorder import record, to_device
 
 __all__ = ["trace"]
@@ -66,7 +66,7 @@ def trace(
         for labels in first.output_labels:
             first.draft.run.store.freeze(labels, "model output; free_outputs=True lets it vary")
     first.draft.free_outputs = free_outputs
-    return probe(first.draft)
+    return with_program(first.draft, probe(first.draft))
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[s
     costs, attributes, n_calls = list(run.costs), list(run.attributes), len(run.trail)
     try:
         model.train()
-        record(model, _doubled(inputs), run, [])
+        record(model, double_batch(inputs), run, [])
         return ["some modules run in training mode only; both modes were traced"]
     except Exception:
         return []
@@ -136,12 +136,6 @@ def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[s
         del run.trail[n_calls:]
         known = {(a.module, a.name, a.element) for a in attributes}
         run.attributes[:] = attributes + [a for a in run.attributes if (a.module, a.name, a.element) not in known]
-
-
-def _doubled(inputs: Inputs) -> Inputs:
-    """Return a batch of two, since batch norm in training mode refuses single values."""
-    twice: Inputs = tree_map_only(Tensor, lambda t: t.repeat(2, *(1,) * (t.ndim - 1)) if t.ndim else t, inputs)
-    return twice
 
 
 def _freeze_by_name(draft: Draft, freeze: Sequence[str], only: Sequence[str]) -> None:

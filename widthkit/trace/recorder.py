@@ -31,6 +31,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = flat_tensors((args, kwargs))
         self.run.keep.append((tensors, out))
+        self.run.calls.append((func, args, kwargs, out))
         self.run.used.update(id(t) for t in tensors)
         path, module = self.stack[-1]
         context = OpContext(self.run, func, args, kwargs, out, path, module)

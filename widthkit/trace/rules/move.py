@@ -116,6 +116,8 @@ def _split(ctx: OpContext, grid: Labels) -> list[Labels | None]:
     are kept whole, because what remains must again be a full rectangle.
     """
     result: list[Labels | None] = [None] * grid.ndim
+    if not grid.size:  # such as the picked boxes of an image without any
+        return result
     varying = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis=axis)).any()]
     grid = grid[tuple(slice(None) if axis in varying else slice(1) for axis in range(grid.ndim))]
     if len(varying) == 1:
