@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,3 +57,20 @@ def bench_cost(
     from widthkit.bench.cost import run
 
     run(model, vectors, out)
+
+
+@bench.command("zoo")
+def bench_zoo(
+    source: Annotated[str, typer.Option(help="torchvision or timm")] = "torchvision",
+    only: Annotated[list[str] | None, typer.Option(help="Pattern of model names, such as resnet*")] = None,
+    peer: Annotated[str | None, typer.Option(help="Also let this library halve every model: torch-pruning")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: every n-th model, from the i-th")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the file at --out")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that one model may take")] = 240,
+    memory: Annotated[float, typer.Option(help="Gigabytes that one model may take")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here, and a table beside them (.md)")] = None,
+) -> None:
+    """Trace, shrink, export and check every model of a library, each in a process of its own."""
+    from widthkit.bench.zoo.run import run
+
+    run(source, only or [], peer, shard, resume, out, timeout, memory)
