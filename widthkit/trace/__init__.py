@@ -16,8 +16,11 @@ from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, un
 from widthkit.trace.context import RunState, flat_tensors
 from widthkit.trace.draft import Draft
 from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype
+from widthkit.trace.numbers import install
 from widthkit.trace.probe import probe
 from widthkit.trace.recorder import record, to_device
+from widthkit.trace.settle import settle
+from widthkit.trace.watch import Claim, Watch
 
 __all__ = ["trace"]
 
@@ -108,14 +111,27 @@ def _run_copy(model: nn.Module, inputs: Inputs, device: str) -> _FirstRun:
     run = RunState()
     seeds = seed_labels(model, run)
     placed = to_device(inputs, device)
-    outputs = record(model, placed, run, [])
+    outputs, claims = watched(model, placed, run)
     batch = batch_size(inputs)
     notes = _also_in_training(model, placed, run)
+    settle(run, claims)
     freeze_unused(model, run, seeds)
     found = flat_tensors((outputs,))
     labels = [labels for t in found for labels in run.dims_of(t) if labels is not None]
     draft = Draft(model, placed, batch, run, seeds, [tuple(t.shape) for t in found], notes=notes)
     return _FirstRun(draft, labels)
+
+
+def watched(model: nn.Module, inputs: Inputs, run: RunState) -> tuple[Any, list[Claim]]:
+    """Run a copy with numbers for its integer attributes; return its outputs and what the numbers claim."""
+    stack: list[tuple[str, nn.Module]] = []
+    watch = Watch(run, stack)
+    old = install(model)
+    try:
+        return record(model, inputs, run, stack, watch), watch.claims
+    finally:
+        for module, name, value in old:
+            vars(module)[name] = value
 
 
 def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -97,7 +97,13 @@ def _module_stack(model: nn.Module, stack: list[tuple[str, nn.Module]]) -> Itera
             handle.remove()
 
 
-def record(model: nn.Module, inputs: tuple[Any, ...], run: RunState, stack: list[tuple[str, nn.Module]]) -> Any:
+def record(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    run: RunState,
+    stack: list[tuple[str, nn.Module]],
+    watch: AbstractContextManager[Any] | None = None,
+) -> Any:
     """Run ``model`` once under the recorder and return its outputs.
 
     Args:
@@ -105,6 +111,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...], run: RunState, stack: list
         inputs: Example inputs on the model's device.
         run: Collects what the rules say.
         stack: Filled with the running modules; left as it was at the failure when the run raises.
+        watch: Also entered around the run.
     """
     stack.append(("", model))
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -116,6 +123,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...], run: RunState, stack: list
             torch.random.fork_rng(devices=devices),
             _module_stack(model, stack),
             torch.inference_mode(),
+            watch or nullcontext(),
             Recorder(run, stack),
         ):
             outputs = call(model, inputs)
