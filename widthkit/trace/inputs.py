@@ -91,6 +91,7 @@ def _sized(model: nn.Module, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield (1, channels, 16, size, size)
         else:
             yield (1, channels, *(size,) * spatial)
+            yield (1, 3, size, size)
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -100,6 +101,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         size = cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None)
         if size is not None and len(size) == 3:
             yield (1, channels if spatial == 2 else size[0], *size[1:])
+            yield (1, *size)
     if spatial == 3:
         designed = image_size(model) or 112
         yield (1, channels, 16, designed, designed)

@@ -14,21 +14,23 @@ from torch.utils._pytree import tree_map_only
 from widthkit.errors import TraceError, WidthkitError
 from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
+from widthkit.trace.hollow import made_up, replaces
 from widthkit.trace.inputs import Keywords
 
 
 class Recorder(TorchDispatchMode):
     """Sees every ATen call of a run; under inference mode composite operators arrive whole."""
 
-    def __init__(self, run: RunState, stack: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, run: RunState, stack: list[tuple[str, nn.Module]], hollow: bool = False) -> None:
         super().__init__()
         self.run = run
         self.stack = stack
+        self.hollow = hollow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then its rule; an operator without a rule freezes what enters it."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = made_up(func, args, kwargs) if self.hollow and replaces(func, args, kwargs) else func(*args, **kwargs)
         tensors = flat_tensors((args, kwargs))
         self.run.keep.append((tensors, out))
         self.run.used.update(id(t) for t in tensors)
@@ -103,6 +105,7 @@ def record(
     run: RunState,
     stack: list[tuple[str, nn.Module]],
     watch: AbstractContextManager[Any] | None = None,
+    hollow: bool = False,
 ) -> Any:
     """Run ``model`` once under the recorder and return its outputs.
 
@@ -112,6 +115,7 @@ def record(
         run: Collects what the rules say.
         stack: Filled with the running modules; left as it was at the failure when the run raises.
         watch: Also entered around the run.
+        hollow: Do not compute convolutions and matrix products (:mod:`widthkit.trace.hollow`).
     """
     stack.append(("", model))
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -124,7 +128,7 @@ def record(
             _module_stack(model, stack),
             torch.inference_mode(),
             watch or nullcontext(),
-            Recorder(run, stack),
+            Recorder(run, stack, hollow),
         ):
             outputs = call(model, inputs)
     finally:

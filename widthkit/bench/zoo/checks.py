@@ -21,7 +21,7 @@ from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.supernet import make_supernet
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.inputs import Inputs, Keywords
+from widthkit.trace.inputs import Inputs, Keywords, float_dtype
 from widthkit.trace.recorder import call
 
 TOLERANCE = 1e-10
@@ -36,7 +36,13 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Return all tensors that a model returns."""
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return flat_tensors((call(model, inputs),))
+        # Numbers that a forward makes up, such as grids of coordinates, should have the model's own precision.
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(float_dtype(model))
+        try:
+            return flat_tensors((call(model, inputs),))
+        finally:
+            torch.set_default_dtype(before)
 
 
 def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = TOLERANCE) -> None:
@@ -81,12 +87,14 @@ def permuted(model: nn.Module, graph: ChannelGraph, rng: np.random.Generator) ->
     return model
 
 
-def check_same_net(model: nn.Module, graph: ChannelGraph, inputs: Inputs, rng: np.random.Generator) -> None:
+def check_same_net(
+    model: nn.Module, graph: ChannelGraph, inputs: Inputs, rng: np.random.Generator, tolerance: float = TOLERANCE
+) -> None:
     """What a supernet computes at random widths is what the exported network computes."""
     net = make_supernet(model, "ua", graph=graph, k=5).eval()
     widths = net.space.sample(rng)
     expected = outputs(net.set_widths(widths), inputs)
-    same(outputs(export(net, widths), inputs), expected)
+    same(outputs(export(net, widths), inputs), expected, tolerance)
 
 
 def n_params(model: nn.Module) -> int:

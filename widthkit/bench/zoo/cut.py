@@ -16,13 +16,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from widthkit.bench.zoo.checks import outputs, same
 from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.trace.context import bind, flat_tensors
 from widthkit.trace.inputs import Inputs
 from widthkit.trace.recorder import call
-
-from widthkit.bench.zoo.checks import outputs, same
 
 _MIXING = {
     "softmax", "log_softmax", "scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "layer_norm",
@@ -77,7 +76,7 @@ def _reads(model: nn.Module, tensor: str, dim: int) -> bool:
     return key == "weight" and dim == 1 and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
-def check_cut(model: nn.Module, graph: ChannelGraph, inputs: Inputs, units: Mapping[str, IntArray]) -> None:
+def check_cut(model: nn.Module, graph: ChannelGraph, inputs: Inputs, units: Mapping[str, IntArray], tolerance: float) -> None:
     """Compare the full model, its reads of dropped channels zeroed, with the exported one.
 
     Raises:
@@ -91,4 +90,4 @@ def check_cut(model: nn.Module, graph: ChannelGraph, inputs: Inputs, units: Mapp
             if site.tensor in parameters and _reads(model, site.tensor, site.dim):
                 where = torch.from_numpy(site.index[dropped].reshape(-1))
                 parameters[site.tensor].data.index_fill_(site.dim, where, 0)
-    same(outputs(export(model, units, graph=graph), inputs), outputs(cut, inputs))
+    same(outputs(export(model, units, graph=graph), inputs), outputs(cut, inputs), tolerance)

@@ -41,6 +41,10 @@ def reshape(ctx: OpContext) -> None:
     ctx.set(ctx.out, regroup(ctx, ctx.dims(x), tuple(x.shape), tuple(ctx.out.shape)))
 
 
+_MANY = 1_000_003
+"""A prime that no size of a model has."""
+
+
 def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the smallest blocks ``(dims before, dims after)`` of equal products; size 1 is left out.
 
@@ -71,8 +75,12 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
 def regroup(ctx: OpContext, dims: Dims, before: tuple[int, ...], after: tuple[int, ...]) -> Dims:
     """Return the labels of a reshaped tensor."""
     result: list[Labels | None] = [None] * len(after)
-    if 0 in before or 0 in after:
-        return tuple(result)
+    if 0 in before:
+        # An empty batch, such as no detections at all: its dim is followed as if it had many entries.
+        if before.count(0) != 1 or after.count(0) != 1:
+            return tuple(result)
+        before = tuple(n or _MANY for n in before)
+        after = tuple(n or _MANY for n in after)
     for a, b in blocks(before, after):
         if len(a) == 1 and len(b) == 1:
             result[b[0]] = dims[a[0]]
@@ -116,6 +124,8 @@ def _split(ctx: OpContext, grid: Labels) -> list[Labels | None]:
     are kept whole, because what remains must again be a full rectangle.
     """
     result: list[Labels | None] = [None] * grid.ndim
+    if not grid.size:
+        return result
     varying = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis=axis)).any()]
     grid = grid[tuple(slice(None) if axis in varying else slice(1) for axis in range(grid.ndim))]
     if len(varying) == 1:
@@ -293,10 +303,12 @@ def shuffle(ctx: OpContext) -> None:
 def index(ctx: OpContext) -> None:
     """Pick positions by integer tensors. Where their values are known the labels are picked too, else the dim stays."""
     x, indices = ctx.arg("self"), ctx.arg("indices")
-    if all(i is None or i.device.type != "meta" for i in indices) and ctx.dims(x) != (None,) * x.ndim:
+    dims = ctx.dims(x)
+    if all(labels is None for labels in dims):
+        return
+    if all(i is None or i.device.type != "meta" for i in indices) and ctx.out.numel():
         execute(ctx)
         return
-    dims = ctx.dims(x)
     picked = [d for d, i in enumerate(indices) if i is not None]
     for d in picked:
         ctx.freeze(dims[d], "is indexed by positions")
@@ -304,7 +316,7 @@ def index(ctx: OpContext) -> None:
     rest = [labels for d, labels in enumerate(dims) if d not in picked]
     together = picked == list(range(picked[0], picked[-1] + 1)) if picked else True
     at = picked[0] if picked and together else 0
-    masks = any(i is not None and i.dtype == torch.bool for i in indices)
+    masks = any(i is not None and i.dtype == torch.bool and i.ndim > 1 for i in indices)
     if masks or len(rest) + n_new != ctx.out.ndim:
         for labels in dims:
             ctx.freeze(labels, "is indexed by a mask")
