@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from widthkit.trace.components import Components, solve
+from widthkit.trace.components import connect, solve
 from widthkit.trace.context import AttributeRecord, RunState
 from widthkit.trace.labels import Alternative, Labels
 from widthkit.trace.numbers import Attribute, Result, Size, Source
@@ -21,10 +22,49 @@ def settle(run: RunState, claims: Sequence[Claim]) -> None:
     """
     counted = _by_attribute(run, claims)
     _follow(run, counted)
-    solved = solve(run.store)
+    known = _Known.of(run)
     for claim in claims:
         if not isinstance(claim.source, Attribute):
-            _compute(run, claim, counted, solved)
+            _compute(run, claim, counted, known)
+
+
+class _Known:
+    """What is tied and frozen so far, brought up to date after every tie."""
+
+    def __init__(self, run: RunState, unit: Labels, frozen: npt.NDArray[np.bool_]) -> None:
+        self.run = run
+        self.unit = unit
+        self.frozen = frozen
+
+    @classmethod
+    def of(cls, run: RunState) -> _Known:
+        solved = solve(run.store)
+        frozen = np.zeros(int(solved.unit.max()) + 1, dtype=bool)
+        frozen[list(solved.frozen)] = True
+        return cls(run, solved.unit, frozen)
+
+    def same(self, a: Labels, b: Labels) -> bool:
+        """Whether as many positions remain of both, whatever is dropped: the same free units, equally often."""
+        if a is b:
+            return True
+        sides = []
+        for labels in (a, b):
+            units, counts = np.unique(self.unit[labels], return_counts=True)
+            free = ~self.frozen[units]
+            sides.append((len(labels), units[free].tobytes(), counts[free].tobytes()))
+        return sides[0] == sides[1]
+
+    def tie(self, a: Labels, b: Labels) -> None:
+        """Tie, and remember that."""
+        self.run.store.tie(a, b)
+        self.assume(a, b)
+
+    def assume(self, a: Labels, b: Labels) -> None:
+        """Remember a tie that the solver is likely to make."""
+        merged = connect(len(self.frozen), [(self.unit[a], self.unit[b])])
+        frozen = np.zeros(int(merged.max()) + 1, dtype=bool)
+        frozen[merged[self.frozen]] = True
+        self.unit, self.frozen = merged[self.unit], frozen
 
 
 def _by_attribute(run: RunState, claims: Sequence[Claim]) -> dict[Attribute, list[Claim]]:
@@ -71,31 +111,41 @@ def _follow(run: RunState, counted: dict[Attribute, list[Claim]]) -> None:
                 run.store.tie(first, claim.labels, f"{name} counts constant padding")
 
 
-def _compute(run: RunState, claim: Claim, counted: dict[Attribute, list[Claim]], solved: Components) -> None:
+def _compute(run: RunState, claim: Claim, counted: dict[Attribute, list[Claim]], known: _Known) -> None:
     """Tie a dim with those that its size is computed from, unless they agree anyway."""
     source, labels = claim.source, claim.labels
     if isinstance(source, Size):
         if labels is None:
             run.store.freeze(source.labels, f"{claim.where or 'model'}: its size is used for a dim of fixed size")
-        elif not _same_units(source.labels, labels, solved):
-            run.store.tie(source.labels, labels)
+        elif not known.same(source.labels, labels):
+            known.tie(source.labels, labels)
     elif isinstance(source, Result) and source.kind == "floordiv" and labels is not None:
-        whole, divisor = _labels_of(source.left, counted), source.right
-        count = _value(divisor, counted)
-        if whole is None or count is None or len(whole) != count * len(labels):
-            return
-        if _same_units(whole, np.tile(labels, count), solved):
-            return
-        heads = _labels_of(divisor, counted)
-        rows = Alternative(
-            f"factor {len(labels)}", ((whole, np.tile(labels, count)),), () if heads is None else (heads,)
-        )
-        options = [rows]
-        if heads is not None:
-            if _same_units(whole, np.repeat(heads, len(labels)), solved):
-                return
-            options.append(Alternative(f"factor {count}", ((whole, np.repeat(heads, len(labels))),), (labels,)))
-        run.store.choose(claim.where, f"{claim.where or 'model'}: computes a size by division", options)
+        _divide(run, claim.where, source, labels, counted, known)
+
+
+def _divide(
+    run: RunState,
+    where: str,
+    source: Result,
+    labels: Labels,
+    counted: dict[Attribute, list[Claim]],
+    known: _Known,
+) -> None:
+    """``C // heads`` positions remain: equally many in every head, or whole heads go."""
+    whole, count = _labels_of(source.left, counted), _value(source.right, counted)
+    if whole is None or count is None or len(whole) != count * len(labels):
+        return
+    heads = _labels_of(source.right, counted)
+    inside = np.tile(labels, count)
+    if known.same(whole, inside) or (heads is not None and known.same(whole, np.repeat(heads, len(labels)))):
+        return
+    if heads is None or known.frozen[known.unit[heads]].all():
+        known.tie(whole, inside)
+        return
+    outside = Alternative(f"factor {count}", ((whole, np.repeat(heads, len(labels))),), (labels,))
+    options = [Alternative(f"factor {len(labels)}", ((whole, inside),), (heads,)), outside]
+    run.store.choose(where, f"{where or 'model'}: computes a size by division", options)
+    known.assume(whole, inside)
 
 
 def _labels_of(source: Source | int, counted: dict[Attribute, list[Claim]]) -> Labels | None:
@@ -111,15 +161,3 @@ def _value(source: Source | int, counted: dict[Attribute, list[Claim]]) -> int |
         return source
     labels = _labels_of(source, counted)
     return None if labels is None else len(labels)
-
-
-def _same_units(a: Labels, b: Labels, solved: Components) -> bool:
-    """Whether as many positions remain of both, whatever is dropped: the same units, as often; fixed ones count."""
-    if len(a) != len(b):
-        return False
-    sides = []
-    for labels in (a, b):
-        units, counts = np.unique(solved.unit[labels], return_counts=True)
-        free = np.array([int(u) not in solved.frozen for u in units], dtype=bool)
-        sides.append((units[free].tobytes(), counts[free].tobytes()))
-    return sides[0] == sides[1]

@@ -241,6 +241,8 @@ def split(ctx: OpContext) -> None:
     sizes = {p.shape[axis] for p in pieces}
     for piece in pieces:
         part = None if labels is None else labels[start : start + piece.shape[axis]]
+        if part is not None and len(part) == 1 and (explicit or len(sizes) > 1):
+            ctx.freeze(part, "takes one position of this dim apart")
         if part is not None and not explicit:
             if len(sizes) > 1:
                 ctx.freeze(part, "cuts this dim into unequal parts")
@@ -353,6 +355,8 @@ def execute(ctx: OpContext) -> None:
         if labels is None:
             continue
         for found, grid in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
+            if grid.size and (grid == grid.flat[0]).all() and (labels != labels[0]).any():
+                ctx.freeze(grid.flat[:1], "picks one position of this dim")
             for e, moved in enumerate(_split(ctx, grid)):
                 if moved is not None and found[e] is not None:
                     ctx.freeze(moved, "merges two channel dims")
