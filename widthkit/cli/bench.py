@@ -74,3 +74,16 @@ def bench_zoo(
     from widthkit.bench.zoo.run import run
 
     run(source, only or [], peer, shard, resume, out, timeout, memory)
+
+
+@bench.command("fuzz")
+def bench_fuzz(
+    examples: Annotated[int, typer.Option(min=1, help="How many random networks")] = 5_000,
+    seed: Annotated[int | None, typer.Option(help="Seed of the networks; drawn and printed when not given")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Hold random networks against the oracles; every failure is shrunk and printed as a command."""
+    from widthkit.bench.fuzz.run import run
+
+    if run(examples, seed, out):
+        raise typer.Exit(1)

@@ -55,8 +55,8 @@ class RunState:
     """Module path -> label arrays that passed through its operators, where integer attributes may count them."""
     trail: list[Call] = field(default_factory=list)
     """Every call, in order."""
-    numbers: list[Any] = field(default_factory=list)
-    """Numbers among the arguments of the running function, in the first run."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the running function that count channels, in the first run: ``groups``, ``normalized_shape``..."""
     keep: list[Any] = field(default_factory=list)
     """Every tensor of the run stays alive here, or a reused ``id`` would tie strangers."""
 
@@ -190,10 +190,11 @@ class OpContext:
             value = value[element]
         if labels is not None and isinstance(value, int) and not isinstance(value, bool) and value == len(labels):
             self.run.attributes.append(AttributeRecord(self.path, name, element, labels))
-        for number in self.run.numbers if labels is not None else []:
-            source = number.source
-            if number == len(labels) and hasattr(source, "element") and source.name != name:
-                self.run.attributes.append(AttributeRecord(source.path, source.name, source.element, labels))
+        given = self.run.numbers.get(name)
+        number = given[element] if isinstance(given, (tuple, list)) and element is not None else given
+        source = getattr(number, "source", None)
+        if labels is not None and number == len(labels) and hasattr(source, "element"):
+            self.run.attributes.append(AttributeRecord(source.path, source.name, source.element, labels))
 
 
 def bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

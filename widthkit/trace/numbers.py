@@ -91,10 +91,14 @@ for _kind, _function in (
     setattr(Number, f"__r{_kind}__", _arithmetic(_kind, _function, True))
 
 
+_GEOMETRY = {"kernel_size", "stride", "padding", "dilation", "output_padding", "output_size"}
+"""Attributes of torch's layers that never count channels."""
+
+
 def integer_attributes(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     """Yield ``(name, element, value)`` of every integer attribute above 1, and of integers in tuples and lists."""
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") and name != "_normalized_shape":
+        if name.startswith("_") or name in _GEOMETRY:
             continue
         if _counts(value):
             yield name, None, value

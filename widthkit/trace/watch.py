@@ -56,11 +56,11 @@ class Watch(TorchFunctionMode):
         numbers = list(_numbers((args, tuple(kwargs.values()))))
         if not numbers:
             return func(*args, **kwargs)
-        self.run.numbers = numbers
+        self.run.numbers = _roles(name, args, kwargs)
         try:
             out = func(*args, **kwargs)
         finally:
-            self.run.numbers = []
+            self.run.numbers = {}
         handler = _HANDLERS.get(name)
         if handler is not None:
             handler(self, args, kwargs, out)
@@ -103,6 +103,22 @@ _Function = types.FunctionType
 _PYTHON = {"multi_head_attention_forward", "_in_projection_packed", "_in_projection"}
 """Functions of torch that are written in Python and do arithmetic with sizes inside."""
 _opened: dict[Any, Callable[..., Any]] = {}
+
+
+_ROLES = {
+    **{f"conv{t}{n}d": ("groups", 6) for t in ("", "_transpose") for n in (1, 2, 3)},
+    "group_norm": ("num_groups", 1),
+    "layer_norm": ("normalized_shape", 1),
+    "rms_norm": ("normalized_shape", 1),
+}
+"""Arguments that count channels without being the size of a dim: name and position."""
+
+
+def _roles(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    if name not in _ROLES:
+        return {}
+    role, place = _ROLES[name]
+    return {role: args[place] if len(args) > place else kwargs.get(role)}
 
 
 def _open(func: Any) -> Callable[..., Any]:

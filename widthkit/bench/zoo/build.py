@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from widthkit.clone import meta_clone
@@ -171,9 +172,35 @@ def _shortened(
             how.append(f"{dropped} repeated blocks fewer")
     fill(model)
     real = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-    if runs(meta_clone(model).double(), real):
-        return Small(model.double(), real, ", ".join(how))
+    precise = meta_clone(model).double()
+    if runs(precise, real):
+        if not _casts(precise, to_device(real, "meta")):
+            return Small(model.double(), real, ", ".join(how))
+        return Small(model.double(), real, ", ".join([*how, "computes parts in float32"]), tolerance=1e-4)
     return Small(model, inputs, ", ".join([*how, "float32, which its code insists on"]), tolerance=1e-3)
+
+
+class _Casts(TorchDispatchMode):
+    """Notes whether anything in float64 becomes less precise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        precise = any(t.dtype == torch.float64 for t in flat_tensors(args))
+        self.found |= precise and any(t.dtype in _COARSE for t in flat_tensors((out,)))
+        return out
+
+
+_COARSE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _casts(model: nn.Module, inputs: Inputs) -> bool:
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]), _Casts() as casts:
+        call(model, inputs)
+    return casts.found
 
 
 def build_again(model: nn.Module) -> nn.Module:
@@ -184,6 +211,6 @@ def build_again(model: nn.Module) -> nn.Module:
 
 
 def _macs(model: nn.Module, inputs: Inputs) -> float:
-    from widthkit.bench.zoo.checks import counted_macs
+    from widthkit.bench.oracles import counted_macs
 
     return float(counted_macs(meta_clone(model), to_device(inputs, "meta")))

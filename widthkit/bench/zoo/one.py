@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from widthkit.bench.zoo import build as builder
-from widthkit.bench.zoo import checks, cut
-from widthkit.bench.zoo.checks import CheckError
+from widthkit.bench import cut
+from widthkit.bench import oracles as checks
+from widthkit.bench.oracles import CheckError
 from widthkit.bench.zoo.peer import compare
 from widthkit.clone import meta_clone
 from widthkit.export.dense import export

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from widthkit.bench.zoo.checks import outputs, same
+from widthkit.bench.oracles import outputs, same
 from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.trace.context import bind, flat_tensors

@@ -1,4 +1,4 @@
-"""The oracles of the zoo: independent truth about a channel graph, in float64.
+"""Independent truth about a channel graph, in float64.
 
 Nothing here looks inside the tracer. The tolerance covers sums in another order and nothing else.
 """
