@@ -234,8 +234,10 @@ def test_attributes_follow_what_they_count():
     model, (x,), graph = traced(Partial)
     widths = {n: max(1, w - 1) for n, w in graph.full.items()}
     slim = export(model, widths, graph=graph)
-    assert slim.inside == slim.stem.conv.out_channels == slim.a.conv.in_channels + slim.b.conv.in_channels - (
-        slim.wide.conv.out_channels - slim.inside
+    assert (
+        slim.inside
+        == slim.stem.conv.out_channels
+        == slim.a.conv.in_channels + slim.b.conv.in_channels - (slim.wide.conv.out_channels - slim.inside)
     )
     assert slim.sizes == [slim.a.conv.in_channels, slim.b.conv.in_channels]
     assert model.sizes == [3, 7]

@@ -76,7 +76,9 @@ def _reads(model: nn.Module, tensor: str, dim: int) -> bool:
     return key == "weight" and dim == 1 and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
-def check_cut(model: nn.Module, graph: ChannelGraph, inputs: Inputs, units: Mapping[str, IntArray], tolerance: float) -> None:
+def check_cut(
+    model: nn.Module, graph: ChannelGraph, inputs: Inputs, units: Mapping[str, IntArray], tolerance: float
+) -> None:
     """Compare the full model, its reads of dropped channels zeroed, with the exported one.
 
     Raises:

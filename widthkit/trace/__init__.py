@@ -131,18 +131,20 @@ def _run_copy(model: nn.Module, inputs: Inputs, device: str, hollow: bool = Fals
     return _FirstRun(draft, labels)
 
 
-def watched(
-    model: nn.Module, inputs: Inputs, run: RunState, hollow: bool = False
-) -> tuple[Any, list[Claim]]:
+def watched(model: nn.Module, inputs: Inputs, run: RunState, hollow: bool = False) -> tuple[Any, list[Claim]]:
     """Run a copy with numbers for its integer attributes; return its outputs and what the numbers claim."""
     stack: list[tuple[str, nn.Module]] = []
     watch = Watch(run, stack)
     old = install(model)
+    # Some models replace their buffers while they run (tables for the size of the image); the copy keeps its own.
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         return record(model, inputs, run, stack, watch, hollow), watch.claims
     finally:
         for module, name, value in old:
             vars(module)[name] = value
+        for module, own in buffers:
+            module._buffers.update(own)
 
 
 def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState, hollow: bool) -> list[str]:

@@ -192,7 +192,7 @@ class OpContext:
             self.run.attributes.append(AttributeRecord(self.path, name, element, labels))
         given = self.run.numbers.get(name)
         number = given[element] if isinstance(given, (tuple, list)) and element is not None else given
-        source = getattr(number, "source", None)
+        source: Any = getattr(number, "source", None)
         if labels is not None and number == len(labels) and hasattr(source, "element"):
             self.run.attributes.append(AttributeRecord(source.path, source.name, source.element, labels))
 

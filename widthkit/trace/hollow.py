@@ -54,4 +54,3 @@ def made_up(func: Any, args: Any, kwargs: Any) -> Tensor:
     base = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(0)).to(device, shape.dtype)
     n = shape.numel()
     return base.repeat(n // _PERIOD + 1)[:n].reshape(shape.shape)
-

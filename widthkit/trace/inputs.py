@@ -103,8 +103,8 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
             yield (1, channels if spatial == 2 else size[0], *size[1:])
             yield (1, *size)
     if spatial == 3:
-        designed = image_size(model) or 112
-        yield (1, channels, 16, designed, designed)
+        side = image_size(model) or 112
+        yield (1, channels, 16, side, side)
         yield (1, channels, 16, 224, 224)
         yield (1, channels, 8, 32, 32)
     elif spatial == 1:

@@ -57,7 +57,7 @@ class Nest(nn.Module):
         self.sizes = [i // 2, i - i // 2]
         if self.kind == "concat":
             self.blocks: nn.Module = nn.ModuleList(make(i, recipe) for recipe in inner)
-            wide = sum(b.out for b in self.blocks) + i  # type: ignore[union-attr, misc]
+            wide = sum(int(b.out) for b in self.blocks.children()) + i  # type: ignore[arg-type, misc]
             self.out = min(wide, MAX_CHANNELS)
             self.fit = nn.Conv2d(wide, self.out, 1) if wide > self.out else self.fit
         elif self.kind in ("split", "shuffle", "sizes"):
@@ -76,7 +76,7 @@ class Nest(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks and let their results meet."""
         if self.kind == "concat":
-            return self.fit(torch.cat([x, *(block(x) for block in self.blocks)], 1))  # type: ignore[no-any-return, union-attr]
+            return self.fit(torch.cat([x, *(b(x) for b in self.blocks.children())], 1))  # type: ignore[no-any-return]
         if self.kind in ("split", "shuffle", "sizes"):
             left, right = x.split(self.sizes, 1) if self.kind == "sizes" else x.chunk(2, 1)
             x = torch.cat([left, self.fit(self.blocks(right))], 1)
@@ -111,7 +111,7 @@ def chain(i: int, inner: Sequence[Recipe]) -> nn.Sequential:
 def width(blocks: nn.Module, i: int) -> int:
     """Channels that leave a chain which ``i`` channels enter."""
     last = list(blocks.children())
-    return int(last[-1].out) if last else i  # type: ignore[arg-type]
+    return int(last[-1].out) if last else i  # type: ignore[arg-type, misc]
 
 
 class RandomNet(nn.Module):

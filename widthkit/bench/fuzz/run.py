@@ -75,17 +75,17 @@ def _model(recipe: list[Recipe], flat: bool, seed: int) -> tuple[nn.Module, torc
         return model, torch.randn(1, 3, 6, 6, dtype=torch.float64)
 
 
-def recipes() -> SearchStrategy[list[Recipe]]:
-    """Lists of blocks, nested up to several levels."""
+def recipes(leaves: int = 6, blocks: int = 4) -> SearchStrategy[list[Recipe]]:
+    """Lists of up to ``blocks`` blocks, nested up to several levels, of about ``leaves`` leaves each."""
     from hypothesis import strategies as st
 
     leaf = st.tuples(st.sampled_from(sorted(LEAVES)), st.tuples(st.integers(1, 6)))
     tree = st.recursive(
         leaf,
         lambda inner: st.tuples(st.sampled_from(NESTS), st.lists(inner, min_size=1, max_size=3).map(tuple)),
-        max_leaves=6,
+        max_leaves=leaves,
     )
-    return st.lists(tree, min_size=1, max_size=4)
+    return st.lists(tree, min_size=1, max_size=blocks)
 
 
 def run(examples: int, seed: int | None, out: Path | None) -> int:

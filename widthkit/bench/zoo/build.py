@@ -79,28 +79,31 @@ def shorten(model: nn.Module, keep: int = 2) -> int:
     dropped = 0
     for module in list(model.modules()):
         if isinstance(module, (nn.Sequential, nn.ModuleList)):
-            names = list(module._modules)
-            run = 1
-            for before, name in zip(names, names[1:], strict=False):
-                alike = _signature(module._modules[before]) == _signature(module._modules[name])
-                run = run + 1 if alike and list(module._modules[name].parameters()) else 1  # type: ignore[union-attr]
-                if run > keep:
-                    dropped += 1
-                    module._modules[name] = None
-            kept = {name: child for name, child in module._modules.items() if child is not None}
-            if len(kept) < len(names):
+            children = dict(module.named_children())
+            kept = [name for name, number in _repeats(children).items() if number < keep]
+            if len(kept) < len(children):
+                dropped += len(children) - len(kept)
                 module._modules.clear()
-                module._modules.update({_renamed(n, i): c for i, (n, c) in enumerate(kept.items())})
+                module._modules.update({_renamed(n, i): children[n] for i, n in enumerate(kept)})
     return dropped
+
+
+def _repeats(children: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Count for every child how many equal ones come right before it; those without parameters do not count."""
+    found: dict[str, int] = {}
+    before, number = None, 0
+    for name, child in children.items():
+        signature = _signature(child)
+        number = number + 1 if signature == before and signature[1] else 0
+        before, found[name] = signature, number
+    return found
 
 
 def _renamed(name: str, number: int) -> str:
     return str(number) if name.isdigit() else name
 
 
-def _signature(module: nn.Module | None) -> tuple[Any, ...]:
-    if module is None:
-        return ()
+def _signature(module: nn.Module) -> tuple[Any, ...]:
     tensors = tuple((n, tuple(t.shape)) for n, t in module.state_dict().items())
     return tuple(type(m) for m in module.modules()), tensors
 
@@ -200,7 +203,7 @@ _COARSE = (torch.float32, torch.float16, torch.bfloat16)
 def _casts(model: nn.Module, inputs: Inputs) -> bool:
     with torch.inference_mode(), torch.random.fork_rng(devices=[]), _Casts() as casts:
         call(model, inputs)
-    return casts.found
+    return bool(casts.found)
 
 
 def build_again(model: nn.Module) -> nn.Module:

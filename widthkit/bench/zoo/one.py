@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from widthkit.bench.zoo import build as builder
 from widthkit.bench import cut
 from widthkit.bench import oracles as checks
 from widthkit.bench.oracles import CheckError
+from widthkit.bench.zoo import build as builder
 from widthkit.bench.zoo.peer import compare
 from widthkit.clone import meta_clone
 from widthkit.export.dense import export
@@ -184,5 +184,3 @@ def peak_memory_mb() -> float:
     """Largest resident size of this process so far, the imported libraries included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-

@@ -49,8 +49,9 @@ def run(
         if out is not None:
             _append(out, row)
         share = f"{row['searchable_macs_share']:.1%}" if "searchable_macs_share" in row else "-"
-        line = f"{number}/{len(todo)} {name}: {verdict(row)}, {share} searchable, trace {row.get('trace_seconds', 0):.2f} s"
-        console.print(f"{line}, all {row['seconds']:.1f} s", highlight=False, markup=False)
+        times = f"trace {row.get('trace_seconds', 0):.2f} s, all {row['seconds']:.1f} s"
+        line = f"{number}/{len(todo)} {name}: {verdict(row)}, {share} searchable, {times}"
+        console.print(line, highlight=False, markup=False)
     if out is not None:
         about = {"versions": versions(), "machine": machine()}
         atomic_write(out.with_suffix(".md"), markdown(rows, source, about).encode())
@@ -90,7 +91,7 @@ def _earlier(out: Path | None) -> list[Row]:
 
 def _append(out: Path, row: Row) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    torn = out.exists() and not out.read_bytes()[-1:] in (b"\n", b"")
+    torn = out.exists() and out.read_bytes()[-1:] not in (b"\n", b"")
     with out.open("a", encoding="utf-8") as file:
         file.write(("\n" if torn else "") + json.dumps(row) + "\n")
 

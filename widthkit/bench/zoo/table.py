@@ -60,8 +60,8 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     if asked:
         own, theirs = sum(r["peer"]["own_seconds"] for r in both), sum(r["peer"]["seconds"] for r in both)
         lines.append(
-            f"- {asked[0]['peer']['peer']} halves and runs {len(both)} of {len(asked)} models that were given to both; on "
-            f"these it takes {theirs:.0f} s in all, widthkit {own:.0f} s."
+            f"- {asked[0]['peer']['peer']} halves and runs {len(both)} of {len(asked)} models that were given to both; "
+            f"on these it takes {theirs:.0f} s in all, widthkit {own:.0f} s."
         )
     return lines
 
