@@ -35,6 +35,11 @@ class BilaterallyCoupled(Strategy):
         """Two paths: ``[0, c)`` and ``[l - c, l)`` (Eq. 8)."""
         return (np.arange(width), np.arange(choices.widest - width, choices.widest))
 
+    def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
+        """Important units at both ends, the least important in the middle."""
+        inside = min(choices.widest, choices.width)
+        return np.concatenate([both_ends(ranking[:inside]), ranking[inside:]])
+
     def complement(self, width: int, choices: GroupChoices) -> int:
         """``l - c``; the complement of the full width is the full width, so that both ends train all channels once.
 
@@ -60,3 +65,12 @@ class BilaterallyCoupled(Strategy):
         """Two ends of the width, and of its complement."""
         n = 4 if self.complementary else 2
         return StepCost(n, n)
+
+
+def both_ends(ranking: IntArray) -> IntArray:
+    """Deal a ranking out to the left end and the right end in turns.
+
+    >>> both_ends(np.array([7, 3, 5, 1, 2]))
+    array([7, 5, 2, 1, 3])
+    """
+    return np.concatenate([ranking[0::2], ranking[1::2][::-1]])

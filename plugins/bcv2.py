@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from widthkit_plugins.bc import both_ends
 
 from widthkit.errors import OptionError
 from widthkit.graph import IntArray
@@ -52,6 +53,17 @@ class BilaterallyCoupledV2(Strategy):
         """``[0, c)`` and the last c channels of the grown layer (Eq. 20)."""
         capacity = self.capacity(choices)
         return (np.arange(width), np.arange(capacity - width, capacity))
+
+    def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
+        """The most important units as the left base, copies of them as the right one, the rest dealt to both ends.
+
+        With the exact layout the right network at full width then is the left one, in another order.
+        """
+        base = min(self.capacity(choices) - choices.width, choices.narrowest)
+        if base <= 0 or choices.widest != choices.width:
+            base = 0
+        placed: IntArray = np.concatenate([ranking[:base], both_ends(ranking[base:]), ranking[:base]])
+        return placed
 
     def complement(self, width: int, choices: GroupChoices) -> int:
         """``l + l_s - c``, which maps the narrowest to the widest and back."""

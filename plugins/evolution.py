@@ -1,4 +1,4 @@
-"""Evolutionary search: pymoo's NSGA-II over error and MACs under a hard budget (BCNet, section 4.3)."""
+"""Evolutionary search: pymoo's NSGA-II over error and MACs under a hard budget (BCNet, sections 4.3 and 4.4)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from widthkit_plugins.pips import prior_population
 from widthkit_plugins.random_search import draw_in_band
 
 from widthkit.budget import Budget
 from widthkit.errors import OptionError
 from widthkit.search.searcher import Searcher, WidthVector
 from widthkit.space import SearchSpace
+from widthkit.train.history import WidthRecord
 
 FloatArray = npt.NDArray[np.float64]
 _WORST = 1e30
@@ -20,13 +22,13 @@ _WORST = 1e30
 
 
 class EvolutionSearcher(Searcher):
-    """NSGA-II over error and MACs, hard budget (BCNet, section 4.3).
+    """NSGA-II over error and MACs, hard budget, prior initial population (BCNet, sections 4.3 and 4.4).
 
     Tournament, two-point crossover, polynomial mutation.
 
-    Genes are indices into the choices of every group. The first population lies in the budget's band; children outside
-    the budget lose random steps until they are inside, so nothing is judged in vain. Children are never equal to one
-    another or to their parents.
+    Genes are indices into the choices of every group. The first population is drawn where training went well (PIPS), or
+    at random where no training was recorded, and lies in the budget's band. Children outside the budget lose random
+    steps until they are inside, so nothing is judged in vain. No width vector is asked twice in one search.
 
     Args:
         space: The widths to choose from.
@@ -35,6 +37,10 @@ class EvolutionSearcher(Searcher):
         population: Candidates per generation (40 in the paper).
         generations: Generations, the first population included (50 in the paper).
         band: The first population uses more than this share of the budget, where the space has such points.
+        pips: Draw the first population where training went well, if training was recorded.
+        entropy: How far that draw spreads, 0.01 (narrow) to 1 (wide).
+        estimate: How the recorded losses become errors of choices: ``"benefit"``, or ``"mean"`` (the paper's Eq. 13).
+        history: The width vectors that trained best, with their losses; the search passes the supernet's.
     """
 
     def __init__(
@@ -45,6 +51,10 @@ class EvolutionSearcher(Searcher):
         population: int = 40,
         generations: int = 50,
         band: float = 0.9,
+        pips: bool = True,
+        entropy: float = 0.1,
+        estimate: str = "benefit",
+        history: Sequence[WidthRecord] = (),
     ) -> None:
         super().__init__(space, budget, rng)
         if population < 2 or generations < 1:
@@ -54,7 +64,17 @@ class EvolutionSearcher(Searcher):
         self.population = population
         self.generations = generations
         self._seed = int(rng.integers(2**31))
-        first = draw_in_band(space, budget, np.random.default_rng(self._seed), population, band)
+        if not 0 < entropy < np.inf:
+            raise OptionError(f"entropy={entropy}: it must be a positive number, or all draws become one")
+        draws, first = np.random.default_rng(self._seed), []
+        if pips and history:
+            first = prior_population(
+                space, budget, history, draws, population, entropy=entropy, band=band, estimate=estimate
+            )
+        if len(first) < population:
+            known = {tuple(w.values()) for w in first}
+            others = draw_in_band(space, budget, draws, population, band)
+            first += [w for w in others if tuple(w.values()) not in known][: population - len(first)]
         self._first = [space.encode(w).tolist() for w in first]
         self._told: list[list[float]] = []
         self._start()
@@ -102,6 +122,7 @@ class EvolutionSearcher(Searcher):
 
         top = np.array([len(g.options) - 1 for g in self.space.groups], dtype=np.float64)
         self._problem = Problem(n_var=len(top), n_obj=2, xl=np.zeros(len(top)), xu=np.maximum(top, 1e-9))
+        self._archive = _make_archive()
         self._algorithm = NSGA2(
             pop_size=len(self._first),
             n_offsprings=self.population,
@@ -109,7 +130,7 @@ class EvolutionSearcher(Searcher):
             crossover=TwoPointCrossover(),
             mutation=PolynomialMutation(),
             repair=_make_repair(self.space, self.budget, np.random.default_rng(self._seed + 1), top),
-            eliminate_duplicates=True,
+            eliminate_duplicates=self._archive,
         )
         self._algorithm.setup(self._problem, termination=NoTermination(), seed=self._seed, verbose=False)
         self._breed()
@@ -118,6 +139,7 @@ class EvolutionSearcher(Searcher):
         self._infills = self._algorithm.ask()
         empty = self._infills is None or not len(self._infills)
         self._asked = np.zeros((0, 0), dtype=np.int64) if empty else _genes(self._infills.get("X"))
+        self._archive.asked.update(map(tuple, self._asked.tolist()))
 
     def _compete(self, scores: Sequence[float]) -> None:
         from pymoo.core.evaluator import Evaluator
@@ -136,21 +158,50 @@ def _genes(x: FloatArray) -> npt.NDArray[np.int64]:
     return np.rint(x).astype(np.int64)
 
 
+def _key(individual: Any) -> tuple[int, ...]:
+    return tuple(_genes(individual.X).tolist())
+
+
+def _make_archive() -> Any:
+    """Return pymoo's hook that lets through only what was not asked before in this search."""
+    from pymoo.core.duplicate import DuplicateElimination
+
+    class Archive(DuplicateElimination):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked: set[tuple[int, ...]] = set()
+
+        def _do(self, pop: Any, other: Any, is_duplicate: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+            seen = set(self.asked) if other is None else {_key(individual) for individual in other}
+            for i, individual in enumerate(pop):
+                key = _key(individual)
+                is_duplicate[i] |= key in seen
+                if other is None:
+                    seen.add(key)
+            return is_duplicate
+
+    return Archive()
+
+
 def _make_repair(space: SearchSpace, budget: Budget, rng: np.random.Generator, top: FloatArray) -> Any:
     """Return pymoo's hook that rounds genes and takes random steps away until a child is inside the budget."""
     from pymoo.core.repair import Repair
 
     options = [np.array(g.options) for g in space.groups]
 
+    def outside(genes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        widths = np.stack([o[column] for o, column in zip(options, genes.T, strict=True)], axis=1)
+        return np.asarray((np.asarray(budget.usage(space.graph, widths)) > 1) & genes.any(axis=1))
+
     class Inside(Repair):  # type: ignore[misc]
         def _do(self, problem: Any, x: FloatArray, **_: Any) -> FloatArray:
             genes = np.clip(np.rint(x), 0, top).astype(np.int64)
-            for row in genes:
-                while (
-                    row.any()
-                    and budget.usage(space.graph, np.array([o[g] for o, g in zip(options, row, strict=True)])) > 1
-                ):
-                    row[int(rng.choice(np.flatnonzero(row)))] -= 1
+            # All children take a step at a time: a price may be dear, and many at once cost little more than one.
+            rows = np.flatnonzero(outside(genes))
+            while len(rows):
+                for row in rows:
+                    genes[row, int(rng.choice(np.flatnonzero(genes[row])))] -= 1
+                rows = rows[outside(genes[rows])]
             return genes.astype(np.float64)
 
     return Inside()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from widthkit.errors import OptionError
@@ -52,6 +53,9 @@ class UniversallyAligned(Strategy):
         teach = self.distill and can_distill(outputs, step.targets)
         for widths in [net.space.smallest, *(net.space.sample(rng) for _ in range(self.n_random))]:
             student = net.forward_on(net.paths(widths)[0], step)
+            if teach:
+                with torch.no_grad():
+                    step.loss(student, step.targets)  # the supernet records how well every width does on the labels
             step.backward(soft_cross_entropy(student, outputs) if teach else step.loss(student, step.targets))
         return loss.detach()
 

@@ -16,6 +16,8 @@ from widthkit.space import SearchSpace
 class UniformSearcher(Searcher):
     """One multiplier for all groups, the largest inside the budget."""
 
+    compares_scores = False
+
     def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
         super().__init__(space, budget, rng)
         self._told = False

@@ -1,8 +1,10 @@
 """widthkit: make any torchvision or timm model slimmer."""
 
 from widthkit.errors import WidthkitError
+from widthkit.export.backbone import backbone
 from widthkit.export.dense import export
-from widthkit.export.save import load, save
+from widthkit.export.formats import save
+from widthkit.export.save import load
 from widthkit.models import create_model
 from widthkit.search.run import search
 from widthkit.strategy import Strategy
@@ -16,6 +18,7 @@ __all__ = [
     "Supernet",
     "WidthkitError",
     "__version__",
+    "backbone",
     "create_model",
     "export",
     "load",

@@ -7,7 +7,7 @@ plain autograd of slicing would fill a zero tensor of the full size for every sl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,9 @@ def spec_of(dims: Mapping[int, IntArray]) -> Spec:
         if last - first + 1 == len(index):
             found.append((dim, slice(first, last + 1)))
         else:
-            found.append((dim, torch.from_numpy(index)))
+            # Plans are kept: one that was first used while judging must serve training later.
+            with torch.inference_mode(False):
+                found.append((dim, torch.from_numpy(index)))
     return tuple(found)
 
 
@@ -129,6 +131,7 @@ class _Slot:
 class _Loan:
     """One tensor that a plan narrows, everywhere it is held."""
 
+    name: str
     slots: tuple[_Slot, ...]
     spec: Spec
     is_parameter: bool
@@ -157,7 +160,7 @@ class Borrower:
         loans = []
         for name, dims in plan.tensors.items():
             slots = self._slots[name]
-            loans.append(_Loan(slots, spec_of(dims), isinstance(slots[0].table[slots[0].key], nn.Parameter)))
+            loans.append(_Loan(name, slots, spec_of(dims), isinstance(slots[0].table[slots[0].key], nn.Parameter)))
         changes = [(self.model.get_submodule(path), name, v) for (path, name), v in plan.attributes.items()]
         return loans, changes
 
@@ -188,6 +191,22 @@ class Borrower:
             for module, name, old in reversed(attributes):
                 setattr(module, name, old)
             _return_buffers(back)
+
+    @contextmanager
+    def replaced(self, new: Callable[[str, nn.Module, Tensor], Tensor]) -> Iterator[None]:
+        """Hold other tensors in the model, each named by its first name and with a module that holds it."""
+        undo = []
+        try:
+            for name, slots in self._slots.items():
+                old = slots[0].table[slots[0].key]
+                made = new(name, slots[0].module, old)
+                for slot in slots:
+                    undo.append((slot, old))
+                    slot.table[slot.key] = made
+            yield
+        finally:
+            for slot, old in undo:
+                slot.table[slot.key] = old
 
     def _part(self, whole: Tensor, loan: _Loan) -> Tensor:
         if not loan.is_parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -13,15 +13,26 @@ import numpy.typing as npt
 
 from widthkit.errors import BudgetError
 from widthkit.graph import ChannelGraph, Widths
+from widthkit.latency import Conditions, LatencyModel, read_conditions
+from widthkit.latency.model import Build
 from widthkit.space import SearchSpace
 
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _LARGEST = 2**53
 """Costs are exact below this; a bound above it is no bound."""
-_FORM = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMGT]?)\s*(x|macs|params)\s*$", re.IGNORECASE)
+_NUMBER = r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*"
+_FORM = re.compile(_NUMBER + r"([kMGT]?)\s*(x|macs|params)\s*$", re.IGNORECASE)
+_MEMORY = re.compile(_NUMBER + r"((?:[kmgt]i?)?)(b)\s*$", re.IGNORECASE)
+_LATENCY = re.compile(_NUMBER + r"(us|µs|ms|s)\s*$", re.IGNORECASE)
+_STARTS = re.compile(r"^\s*[0-9.+-]")
 
 
-_FORMS = "budgets are in MACs (0.5x of the model's, 2.0GMACs) or params (3.1Mparams), several with commas"
+_FORMS = (
+    "budgets are in MACs (0.5x of the model's, 2.0GMACs) or params (3.1Mparams), memory (12MB, 12MiB@batch=16,fp16) "
+    "or latency (1.8ms@cpu, 1.8ms@cuda:0,batch=8,channels_last,bf16), several with commas"
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +40,43 @@ class Limit:
     """One upper bound.
 
     Args:
-        kind: ``"macs"`` (per example) or ``"params"``.
+        kind: ``"macs"`` (per example), ``"params"``, ``"memory"`` (bytes of weights and peak activations) or
+            ``"latency"`` (milliseconds of one pass).
         value: The bound, inclusive.
         text: As the user wrote it.
+        conditions: Batch size, type, device and memory format of a memory or latency bound.
+        latency: Predicts milliseconds.
     """
 
     kind: str
-    value: int
+    value: float
     text: str
+    conditions: Conditions = field(default_factory=Conditions)
+    latency: LatencyModel | None = field(default=None, compare=False, repr=False)
+
+    def cost(self, graph: ChannelGraph, widths: Any) -> Any:
+        """What widths cost in the bound's unit: a number for one width vector, else an array ``[...]``."""
+        if self.kind == "latency":
+            assert self.latency is not None
+            return self.latency.predict_ms(graph.vector(widths))
+        if self.kind == "memory":
+            return graph.memory(widths, batch=self.conditions.batch, dtype=self.conditions.dtype)
+        return graph.macs(widths) if self.kind == "macs" else graph.params(widths)
+
+    def show(self, cost: float) -> str:
+        """Write a cost with its unit.
+
+        >>> Limit("macs", 10, "10MACs").show(12345), Limit("memory", 10, "10B").show(12345)
+        ('12.3k MACs', '12.3 kB')
+        >>> Limit("latency", 10, "10ms").show(1.2345)
+        '1.23 ms'
+        """
+        if self.kind == "latency":
+            return f"{cost:.3g} ms"
+        if self.kind == "memory":
+            count = show_count(cost)
+            return f"{count[:-1]} {count[-1]}B" if count[-1].isalpha() else f"{count} B"
+        return f"{show_count(cost)} {'MACs' if self.kind == 'macs' else 'params'}"
 
 
 @dataclass(frozen=True)
@@ -56,8 +96,7 @@ class Budget:
 
     def costs(self, graph: ChannelGraph, widths: Any) -> npt.NDArray[np.float64]:
         """Return ``[..., limits]``: every cost as a fraction of its bound."""
-        values = [graph.macs(widths) if limit.kind == "macs" else graph.params(widths) for limit in self.limits]
-        columns = [np.asarray(v, dtype=np.float64) / limit.value for v, limit in zip(values, self.limits, strict=True)]
+        columns = [np.asarray(limit.cost(graph, widths), dtype=np.float64) / limit.value for limit in self.limits]
         return np.stack(columns, axis=-1)
 
     def usage(self, graph: ChannelGraph, widths: Any) -> Any:
@@ -66,14 +105,11 @@ class Budget:
         return float(worst) if worst.ndim == 0 else worst
 
     def fits(self, graph: ChannelGraph, widths: Widths) -> bool:
-        """Whether all bounds hold, exactly."""
-        return all(
-            (graph.macs(widths) if limit.kind == "macs" else graph.params(widths)) <= limit.value
-            for limit in self.limits
-        )
+        """Whether all bounds hold: exactly, and for latency by its prediction."""
+        return all(limit.cost(graph, widths) <= limit.value for limit in self.limits)
 
     def check(self, space: SearchSpace) -> None:
-        """Refuse a budget that even the narrowest network exceeds.
+        """Refuse a budget that even the narrowest network exceeds; a latency budget measures what it needs here.
 
         Raises:
             BudgetError: Naming the narrowest network's cost.
@@ -81,43 +117,93 @@ class Budget:
         narrow = space.smallest
         if not self.fits(space.graph, narrow):
             macs, params = space.graph.macs(narrow), space.graph.params(narrow)
+            shown = [f"{show_count(macs)} MACs, {show_count(params)} params"]
+            shown += [m.show(m.cost(space.graph, narrow)) for m in self.limits if m.kind in ("memory", "latency")]
             raise BudgetError(
-                f"budget {self} is below the narrowest network of this space ({show_count(macs)} MACs, "
-                f"{show_count(params)} params); raise the budget or lower min_width"
+                f"budget {self} is below the narrowest network of this space ({', '.join(shown)}); "
+                "raise the budget or lower min_width"
             )
 
     def __str__(self) -> str:
         return " and ".join(limit.text for limit in self.limits)
 
 
-def parse_budget(text: str | Sequence[str] | Budget, graph: ChannelGraph) -> Budget:
+def parse_budget(text: str | Sequence[str] | Budget, graph: ChannelGraph, build: Build | None = None) -> Budget:
     """Read a budget.
 
     Args:
-        text: ``"0.5x"`` (of the model's own MACs), ``"2.0GMACs"``, ``"3.1Mparams"``, several joined by commas or given
-            as a sequence; all must hold.
+        text: ``"0.5x"`` (of the model's own MACs), ``"2.0GMACs"``, ``"3.1Mparams"``, ``"12MB"`` or ``"12MiB@batch=16"``
+            (weights and peak activations), ``"1.8ms@cpu,batch=8,channels_last,bf16"`` (predicted latency), several
+            joined by commas or given as a sequence; all must hold. What follows an ``@`` up to the next number
+            belongs to the budget before it.
         graph: The model's channel graph.
+        build: Makes the network of given widths, on which predicted latencies are corrected.
 
     Raises:
-        BudgetError: If it cannot be read, or allows not even one multiply-add or parameter.
+        BudgetError: If it cannot be read, allows nothing at all, or names a device that is not here.
     """
     if isinstance(text, Budget):
         return text
-    parts = text.split(",") if isinstance(text, str) else list(text) if isinstance(text, Iterable) else [text]
+    parts = _split(text) if isinstance(text, str) else list(text) if isinstance(text, Iterable) else [text]
     if not parts:
         raise BudgetError(f"no budget is given; {_FORMS}")
-    return Budget(tuple(_limit(part, graph) for part in parts))
+    return Budget(tuple(_limit(part, graph, build) for part in parts))
 
 
-def _limit(text: str, graph: ChannelGraph) -> Limit:
-    found = _FORM.match(text) if isinstance(text, str) else None
+def _split(text: str) -> list[str]:
+    """Cut at the commas; words behind an ``@`` stay with the budget that they describe.
+
+    >>> _split("0.5x,12MB@batch=16,bf16,1.8ms@cpu,batch=8")
+    ['0.5x', '12MB@batch=16,bf16', '1.8ms@cpu,batch=8']
+    """
+    parts: list[str] = []
+    for part in text.split(","):
+        if parts and "@" in parts[-1] and not _STARTS.match(part):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts
+
+
+def _limit(text: Any, graph: ChannelGraph, build: Build | None) -> Limit:
+    if not isinstance(text, str):
+        raise BudgetError(f"budget '{text}' cannot be read; {_FORMS}")
+    amount, at, words = text.partition("@")
+    memory, latency = _MEMORY.match(amount), _LATENCY.match(amount)
+    if memory and not re.search(r"[KMGT]i?b\s*$", amount):  # Mb are megabits
+        return _memory_limit(memory, text, read_conditions(words.split(","), text) if at else Conditions(), graph)
+    if latency:
+        return _latency_limit(
+            latency, text, read_conditions(words.split(","), text) if at else Conditions(), graph, build
+        )
+    found = _FORM.match(amount)
     unit = found.group(3).lower() if found else ""
     if found is None or (unit == "x" and found.group(2)):
-        raise BudgetError(f"budget '{text}' {_complaint(text)}; {_FORMS}")
+        raise BudgetError(f"budget '{text}' {_complaint(amount)}; {_FORMS}")
+    if at:
+        raise BudgetError(f"budget '{text}': MACs and parameters are per example on any device; leave '@{words}' out")
     value = _count(found.group(1), _SCALE[found.group(2).upper()] if unit != "x" else graph.macs())
     if value < 1:
         raise BudgetError(f"budget '{text}' allows nothing at all; it must be at least one multiply-add or parameter")
     return Limit("params" if unit == "params" else "macs", value, text.strip())
+
+
+def _memory_limit(found: re.Match[str], text: str, at: Conditions, graph: ChannelGraph) -> Limit:
+    if at.device is not None or at.channels_last:
+        raise BudgetError(f"budget '{text}': memory depends on batch= and the type alone; leave the rest out")
+    prefix = found.group(2).upper()
+    value = _count(found.group(1), _BINARY[prefix] if prefix in _BINARY else _SCALE[prefix])
+    if value < 1:
+        raise BudgetError(f"budget '{text}' allows nothing at all; it must be at least one byte")
+    graph.memory(batch=at.batch, dtype=at.dtype)  # refuses a batch size that the model does not run at
+    return Limit("memory", value, text.strip(), at)
+
+
+def _latency_limit(found: re.Match[str], text: str, at: Conditions, graph: ChannelGraph, build: Build | None) -> Limit:
+    value = float(found.group(1)) * _MILLISECONDS[found.group(2).lower()]
+    if not 0 < value < float("inf"):
+        raise BudgetError(f"budget '{text}' makes no sense; a latency is a positive, finite time")
+    return Limit("latency", value, text.strip(), at, LatencyModel(graph, at, build))
 
 
 def _count(number: str, scale: int) -> int:
@@ -127,13 +213,15 @@ def _count(number: str, scale: int) -> int:
     return 0 if float(number) < 1e-30 else int(Fraction(number) * scale)
 
 
-def _complaint(text: Any) -> str:
+def _complaint(text: str) -> str:
     """Say what is wrong with a budget: a unit that people write elsewhere, or something else."""
-    if isinstance(text, str) and re.search(r"[0-9]\s*([kmgt]i?)?b(ytes)?\s*$", text, re.IGNORECASE):
-        return "is a memory budget, which is not supported yet"
-    if isinstance(text, str) and re.search(r"[0-9]\s*(us|ms|s)\s*(@.*)?$", text, re.IGNORECASE):
-        return "is a latency budget, which is not supported yet"
-    if isinstance(text, str) and re.search(r"flops?\s*$", text, re.IGNORECASE):
+    if re.search(r"[0-9]\s*[KMGT]i?b\s*$", text):
+        return "is in bits or bytes, which a small b leaves open: write MB for bytes"
+    if re.search(r"[0-9]\s*([kmgt]i?)?bytes?\s*$", text, re.IGNORECASE):
+        return "is in bytes: write B, kB, MB or MiB"
+    if re.search(r"[0-9]\s*(ns|min|h|fps|hz)\s*$", text, re.IGNORECASE):
+        return "is a time or rate in another unit: write us, ms or s of one pass"
+    if re.search(r"flops?\s*$", text, re.IGNORECASE):
         return "is in FLOPs, which some count as one and some as two per multiply-add"
     return "cannot be read"
 

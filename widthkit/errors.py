@@ -50,6 +50,10 @@ class SlimFileError(WidthkitError):
     """A saved slim network that is missing, damaged, or of another format version."""
 
 
+class ExportError(WidthkitError):
+    """A format that cannot hold a network, or a file that computes something else than the network it came from."""
+
+
 def close_matches(name: str, known: Iterable[str]) -> str:
     """Say which known names resemble ``name``, or list them when none does.
 

@@ -17,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from widthkit.errors import WidthsError, close_matches
+from widthkit.memory import MemoryModel
 
 if TYPE_CHECKING:
     from widthkit.cost import CostModel
+    from widthkit.program import Program
 
 IntArray = npt.NDArray[np.int64]
 Widths = Mapping[str, int]
@@ -121,6 +123,7 @@ class ChannelGraph:
         frozen: ``"tensor[dim]" -> reason`` for every dim, or part of a dim, that is not searchable.
         cost: Exact MACs and parameters.
         notes: What the tracer wants people to know.
+        program: Operators and memory of the traced run; ``None`` where two runs differ.
     """
 
     group_names: tuple[str, ...]
@@ -130,6 +133,7 @@ class ChannelGraph:
     frozen: Mapping[str, str]
     cost: CostModel
     notes: tuple[str, ...] = ()
+    program: Program | None = field(default=None, repr=False)
 
     @cached_property
     def groups(self) -> Mapping[str, ChannelGroup]:
@@ -193,6 +197,29 @@ class ChannelGraph:
     def params(self, widths: Any = None) -> Any:
         """Number of parameters, exact; takes and returns what :meth:`macs` does."""
         return self.cost.params(self.vector(widths))
+
+    def memory(self, widths: Any = None, *, batch: int = 1, dtype: str | None = None) -> Any:
+        """Bytes of weights plus peak activations of one forward pass, by the lifetimes of a run without gradients.
+
+        Workspace that operators allocate and free while they run is not counted, except the indices of max pooling.
+
+        Args:
+            widths: As in :meth:`macs`.
+            batch: Examples per pass.
+            dtype: Type that the model is cast to, such as ``"bfloat16"``; as it is when not given.
+
+        Returns:
+            An ``int`` for one width vector, else an int64 array ``[...]``.
+
+        Raises:
+            BudgetError: If the model's run is not known at this batch size.
+        """
+        return self.memory_model.total(self.vector(widths), batch=batch, dtype=dtype)
+
+    @cached_property
+    def memory_model(self) -> MemoryModel:
+        """Weights and activations apart, and where the peak is."""
+        return MemoryModel(self.program, len(self.group_names))
 
     def sensitivity(self, widths: Any = None) -> npt.NDArray[np.float64]:
         """Return ``[groups]``: d MACs / d width of every group (CafeNet, Eq. 7)."""

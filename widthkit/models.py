@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from widthkit.clone import named_tensors
 from widthkit.errors import ModelError, close_matches
+from widthkit.reparam import merge
 from widthkit.structure import architecture, plain_attributes, remember_image_size, structure
 
 
@@ -47,6 +48,15 @@ class ModelName:
                 with _EmptyOnMeta():
                     return self.build()
 
+    def hollow(self) -> nn.Module:
+        """Build the model with its weights on the meta device and everything that was computed in place.
+
+        Raises:
+            ModelError: As :meth:`build`.
+        """
+        with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+            return self.build()
+
 
 class _EmptyOnMeta(TorchFunctionMode):
     """Puts only what nobody has filled yet, the weights of layers, on the meta device."""
@@ -56,12 +66,13 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
 
 
-def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(name: str, *, pretrained: bool = False, merged: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
         name: ``torchvision/NAME``, ``timm/NAME``, or ``package.module:factory`` for your own.
         pretrained: Load the library's default weights (needs a network or a filled cache).
+        merged: Merge blocks of several branches (RepVGG, MobileOne...) into plain layers.
         **kwargs: Passed to the factory, such as ``num_classes=10``.
 
     Raises:
@@ -83,7 +94,7 @@ def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Mo
         raise ModelError(f"{name} returned {type(model).__name__}, not an nn.Module")
     if name.startswith("torchvision/"):
         remember_image_size(model, _image_size(name.partition("/")[2]))
-    return model
+    return merge(model) if merged else model
 
 
 def _image_size(name: str) -> int | None:
@@ -190,6 +201,7 @@ def candidates(model: nn.Module) -> Iterator[ModelName]:
         yield ModelName(f"timm/{name}", kwargs)
         yield ModelName(f"timm/{name}", {**kwargs, "in_chans": channels})
         yield ModelName(f"timm/{name}", {"features_only": True})
+        yield ModelName(f"timm/{name}", {**kwargs, "merged": True})
     # GoogLeNet and Inception have these; their pretrained weights set both.
     flags = {flag: getattr(model, flag) for flag in ("aux_logits", "transform_input") if hasattr(model, flag)}
     if type(model).__module__.startswith("torchvision."):

@@ -196,24 +196,30 @@ def grow(graph: ChannelGraph, widths: Mapping[str, int]) -> tuple[Plan, ChannelG
     plan = make_plan(graph, widths)
     if not plan.grows:
         return plan, graph
-    table = _Table.of(graph, kept_units(graph, widths))
+    return plan, replace(graph, **resized(graph, kept_units(graph, widths)))
+
+
+def resized(graph: ChannelGraph, kept: KeptUnits) -> dict[str, Any]:
+    """Return the parts of a graph that change when every group keeps its first units, or gains some."""
+    table = _Table.of(graph, kept)
     tensors = {}
     for info in graph.tensors.values():
         dims = tuple(None if p is None else table.grown(p) for p in info.dims)
         shape = tuple(s if p is None else len(p) for s, p in zip(info.shape, dims, strict=True))
         tensors[info.name] = replace(info, shape=shape, dims=dims)
     attributes = tuple(replace(a, positions=table.grown(a.positions)) for a in graph.attributes)
-    vector = graph.vector(widths)
-    return plan, replace(graph, group_widths=vector, tensors=tensors, attributes=attributes)
+    vector = np.array([len(kept[name]) for name in graph.group_names], dtype=np.int64)
+    return {"group_widths": vector, "tensors": tensors, "attributes": attributes}
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0, initialise: bool = True) -> nn.Module:
     """Return a new, dense model that the plan describes; the input is untouched.
 
     Args:
         model: The model that the plan's graph was traced from.
         plan: From :func:`make_plan`.
         seed: Seeds the initial values of new channels; the global random state is left as it was.
+        initialise: Give new channels such values; zeros otherwise, for whoever fills them anyway.
 
     Raises:
         WidthsError: If the plan was made for a model of other shapes.
@@ -222,7 +228,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0) -> nn.Module:
     slim = clone_with(model, lambda name, tensor: take(tensor.detach(), plan.tensors.get(name, {})))
     for (path, name), values in plan.attributes.items():
         set_attribute(slim.get_submodule(path), name, values)
-    if plan.grows:
+    if plan.grows and initialise:
         _initialise_new(slim, plan, seed)
     return slim
 

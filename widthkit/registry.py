@@ -111,7 +111,9 @@ class Registry(Generic[T]):
             return f"it must be a subclass of {self.base.__name__}"
         if inspect.isclass(item) and inspect.isabstract(item):
             return f"it leaves {', '.join(sorted(getattr(item, '__abstractmethods__', ())))} undefined"
-        return ""
+        if self.base is None:
+            return "" if callable(item) else f"it is of type {type(item).__name__}, not a function"
+        return _misfit(item, self.base)  # type: ignore[arg-type]
 
     def _scan(self) -> None:
         if self._scanned:
@@ -126,10 +128,45 @@ class Registry(Generic[T]):
             self._add(point.name, point.load(), owner)
         except PluginError as error:
             self._failed[point.name, owner] = str(error)
-        except Exception as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self._failed[point.name, owner] = f"{self.kind} '{point.name}' of {owner} cannot be used: {why}"
+        # A module may also call sys.exit() while it is imported.
+        except (Exception, SystemExit) as error:
+            self._failed[point.name, owner] = f"{self.kind} '{point.name}' of {owner} cannot be used: {_why(error)}"
+
+
+def _why(error: BaseException) -> str:
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{line}; install {error.name.partition('.')[0]}, or uninstall the plug-in"
+    return line
+
+
+def _misfit(item: type, base: type) -> str:
+    """Say which method cannot be called as the base's is; nothing if all can."""
+    names = ["__init__"] if "__init__" in vars(base) else []
+    for name in [*names, *sorted(n for n, value in vars(base).items() if n[0] != "_" and inspect.isfunction(value))]:
+        wanted, found = getattr(base, name), getattr(item, name)
+        if not callable(found):
+            return f"its {name} is of type {type(found).__name__}, not a method"
+        call, signature = _arguments(wanted), _signature(found)
+        try:
+            if signature is not None:
+                signature.bind(*call)
+        except TypeError as error:
+            return f"{name}{signature} cannot be called with ({', '.join(call[1:])}): {error}"
+    return ""
+
+
+def _arguments(function: Callable[..., object]) -> list[str]:
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _signature(function: Callable[..., object]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in callables have none
+        return None
 
 
 def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "?"
+    # A damaged installation may have no name.
+    return (point.dist.name if point.dist is not None else None) or "?"

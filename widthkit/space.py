@@ -184,6 +184,22 @@ def flops_bins(
     return _space(graph, steps, min_width, max_width, divisor, fixed or {})
 
 
+def make_space(graph: ChannelGraph, *, k: int = 20, bins: float | None = None, **limits: Any) -> SearchSpace:
+    """Return FLOPs-sensitive bins with beta ``bins``, or ``k`` evenly spaced widths where that is ``None``.
+
+    Args:
+        graph: The channel graph.
+        k: As in :func:`uniform_space`.
+        bins: As ``beta`` in :func:`flops_bins`.
+        **limits: ``min_width``, ``max_width``, ``divisor`` and ``fixed``.
+
+    Raises:
+        OptionError: If the options are out of range.
+        WidthsError: If ``fixed`` names an unknown group, or a width that the group cannot have.
+    """
+    return uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
+
+
 def bin_sizes(graph: ChannelGraph, beta: float = 1.0) -> IntArray:
     """Return ``[groups]``: channels per bin, at least 1 and at most the group's width (CafeNet, Eq. 9)."""
     sensitivity = graph.sensitivity()
@@ -215,7 +231,7 @@ def _space(
             raise OptionError(f"group '{name}': min_width {min_width} exceeds max_width {max_width}")
         options = {round(step / divisor) * divisor for step in steps(g, high)}
         options = {o for o in options if max(low, 1) <= o <= high} | {high}
-        if min_width != 1 and low % divisor == 0:
+        if (_number(min_width) if isinstance(min_width, str) else min_width) != 1 and low % divisor == 0:
             options.add(low)
         if low <= width <= high:
             options.add(width)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from widthkit.errors import OptionError
 from widthkit.graph import IntArray
@@ -57,6 +57,48 @@ class Strategy(ABC):
     @abstractmethod
     def cost(self) -> StepCost:
         """Forwards and backwards of one training step."""
+
+    def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
+        """Where the units of a trained model go when their importance is known; the most important come first here.
+
+        Args:
+            ranking: ``[width]``; the model's units, the most important first.
+            choices: The group.
+
+        Returns:
+            The unit that comes to each place of the supernet. The first ``choices.width`` places hold every unit
+            once; places after them, up to the capacity, start as copies of the units named there, or fresh when the
+            array ends before them.
+        """
+        return ranking
+
+    # What follows has a default that suits most strategies.
+
+    def attach(self, net: Supernet) -> nn.Module | None:
+        """Make what the strategy learns beside the weights; it becomes ``net.policy``.
+
+        Its parameters are trained like any other, and its state is part of checkpoints. A strategy object itself holds
+        options only.
+        """
+        return None
+
+    def subnetworks(self, net: Supernet, widths: Mapping[str, int]) -> list[dict[str, IntArray]]:
+        """List the sub-networks that stand for a width vector; by default path i takes path i of every group."""
+        choices = {g.name: g for g in net.space.groups}
+        per_group = [self.paths(width, choices[name]) for name, width in widths.items()]
+        return [dict(zip(widths, units, strict=True)) for units in zip(*per_group, strict=True)] if widths else [{}]
+
+    def chosen(self, net: Supernet) -> dict[str, IntArray] | None:
+        """Return the units that training itself has chosen, if it does: then nothing is left to search."""
+        return None
+
+    def end_epoch(self, net: Supernet) -> dict[str, float]:
+        """Return figures to show and keep with the epoch that has just ended."""
+        return {}
+
+    def for_budget(self, budget: str) -> Strategy:
+        """Return the strategy for a run that ends in a network of this budget; most do not care while training."""
+        return self
 
 
 def train_path(net: Supernet, step: StepContext, units: Path, share: float = 1.0) -> Tensor:

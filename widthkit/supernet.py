@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from widthkit.borrow import Borrower
+from widthkit.clone import real_clone
 from widthkit.errors import OptionError, TraceError, WidthsError
+from widthkit.gates import Gates
 from widthkit.graph import ChannelGraph, IntArray, Kept
+from widthkit.importance import Scores, arrange, rankings, unit_scores
 from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
-from widthkit.space import Limit, SearchSpace, flops_bins, uniform_space
+from widthkit.reparam import merge
+from widthkit.space import Limit, SearchSpace, make_space
 from widthkit.strategy import Path, Strategy, make_strategy
 from widthkit.structure import Dense
 from widthkit.trace import trace
-from widthkit.train.modes import call_model
+from widthkit.train.history import WidthHistory
+from widthkit.train.modes import as_arguments, model_device
 from widthkit.train.step import StepContext
 
 _CACHED_PLANS = 64
@@ -35,36 +42,61 @@ class Supernet(nn.Module):
         space: The widths to choose from.
         strategy: Which units stand for a width, and how a step trains.
         seed: Seeds the values of channels that the model does not have yet.
+        scores: Importance of the model's units; the strategy then says where each goes.
+        branched: The network to train, whose blocks merge to ``model``. Its sub-networks are the whole network with
+            the units that they lack taken away where they are read.
 
     Attributes:
         model: The widest network, which holds all weights.
         graph: The channel graph of the model as it was given; it prices all widths.
         space: The search space.
         strategy: The sharing strategy.
+        policy: What the strategy learns beside the weights, or ``None``.
+        width_history: The width vectors with the least training loss.
     """
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, space: SearchSpace, strategy: Strategy, *, seed: int = 0
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        space: SearchSpace,
+        strategy: Strategy,
+        *,
+        seed: int = 0,
+        scores: Scores | None = None,
+        branched: nn.Module | None = None,
     ) -> None:
         super().__init__()
         capacities = _capacities(space, strategy)
         plan, self.wide_graph = grow(graph, capacities)
-        self.model = apply_plan(model, plan, seed=seed)
-        self.training = model.training
+        if branched is not None and scores is not None:
+            raise OptionError("a network that merges cannot be ranked yet; leave out rank= or merges=True")
+        if branched is not None and plan.grows:
+            raise OptionError(
+                f"a network that merges cannot grow, and {strategy} asks for more units than it has; "
+                "take another strategy or keep max_width at 1x"
+            )
+        self.merges = branched is not None
+        self.model = apply_plan(model, plan, seed=seed) if branched is None else real_clone(branched)
+        if scores is not None:
+            arrange(self.model, self.wide_graph, _orders(space, strategy, scores))
+        self._gates = Gates(self.model, self.wide_graph, model) if branched is not None else None
+        self.training = self.model.training
         self.dense = Dense.of(model)
         self.graph = graph
         self.space = space
         self.strategy = strategy
         self.seed = seed
+        self.width_history = WidthHistory(graph.group_names, partial(_one_loss, strategy, space))
         self._choices = {g.name: g for g in space.groups}
         self._borrower = Borrower(self.model)
         self._prepared: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
         self._active: Path = {name: np.arange(width) for name, width in graph.full.items()}
+        self.policy = strategy.attach(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active sub-network."""
-        with self._borrower.lend(self._prepare(self._active)):
-            return self.model(*args, **kwargs)
+        return self._call(self._active, args, kwargs)
 
     def paths(self, widths: Mapping[str, int]) -> list[dict[str, IntArray]]:
         """List the sub-networks that stand for a width vector; groups that are not named are as in the model.
@@ -72,18 +104,15 @@ class Supernet(nn.Module):
         Raises:
             WidthsError: If a group is unknown or a width exceeds its group's widest choice.
         """
-        per_group = []
         unknown = set(widths) - set(self._choices)
         if unknown:
             kept_units(self.graph, {min(unknown): 1})
-        for name, choices in self._choices.items():
-            width = widths.get(name, choices.width)
-            if not 1 <= width <= choices.widest:
-                raise WidthsError(f"group '{name}': width {width} is outside 1..{choices.widest}, the supernet's range")
-            per_group.append(self.strategy.paths(width, choices))
-        if not per_group:
-            return [{}]
-        return [dict(zip(self._choices, units, strict=True)) for units in zip(*per_group, strict=True)]
+        vector = {name: widths.get(name, choices.width) for name, choices in self._choices.items()}
+        for name, width in vector.items():
+            widest = self._choices[name].widest
+            if not 1 <= width <= widest:
+                raise WidthsError(f"group '{name}': width {width} is outside 1..{widest}, the supernet's range")
+        return self.strategy.subnetworks(self, vector)
 
     def set_widths(self, widths: Kept | None = None, path: int = 0) -> Supernet:
         """Make a sub-network the active one and return the supernet.
@@ -125,17 +154,70 @@ class Supernet(nn.Module):
 
     def forward_on(self, units: Path, step: StepContext) -> Any:
         """Run one sub-network on a training batch, under the step's precision."""
-        with self._borrower.lend(self._prepare(units)), step.amp():
-            return call_model(self.model, step.inputs)
+        with step.amp():
+            outputs = self.run(units, step.inputs)
+        self.width_history.ran(units, outputs)
+        return outputs
+
+    def forward_gated(self, gates: Tensor, step: StepContext) -> Any:
+        """Run the whole network on a training batch, every unit scaled by its gate where it is read.
+
+        Args:
+            gates: ``[units of all groups]``, group after group in the graph's order; gradients reach them.
+            step: The batch.
+        """
+        if self._gates is None:
+            self._gates = Gates(self.model, self.wide_graph)
+        args, kwargs = as_arguments(step.inputs)
+        with step.amp():
+            return self._gates.run(gates, args, kwargs)
 
     def run(self, units: Path, inputs: Any) -> Any:
         """Run one sub-network on inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
+        return self._call(units, *as_arguments(inputs))
+
+    def whole(self) -> nn.Module:
+        """Return the dense network that plans are applied to: the model, or what it merges to."""
+        return merge(self.model) if self.merges else self.model
+
+    def _call(self, units: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.merges:
+            assert self._gates is not None
+            return self._gates.run(self._open(units), args, kwargs)
         with self._borrower.lend(self._prepare(units)):
-            return call_model(self.model, inputs)
+            return self.model(*args, **kwargs)
+
+    def _open(self, units: Path) -> Tensor:
+        parts = []
+        for name, width in self.wide_graph.full.items():
+            parts.append(torch.zeros(width))
+            parts[-1][torch.from_numpy(units[name])] = 1
+        return torch.cat(parts).to(model_device(self.model))
+
+    def prepare(self, units: Path) -> Any:
+        """Prepare a sub-network for :meth:`lend`."""
+        return self._prepare(units)
+
+    def lend(self, prepared: Any) -> AbstractContextManager[nn.Module]:
+        """Hold a prepared sub-network's tensors in the model."""
+        return self._borrower.lend(prepared)
+
+    def replaced(self, new: Callable[[str, nn.Module, Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Hold other tensors in the model: ``new(name, module, tensor)`` for every one."""
+        return self._borrower.replaced(new)
 
     def train_step(self, step: StepContext) -> Tensor:
         """Let the strategy train one batch; returns the loss to show."""
-        return self.strategy.train_step(self, step)
+        with self.width_history.watch(step):
+            return self.strategy.train_step(self, step)
+
+    def end_epoch(self) -> dict[str, float]:
+        """Return the strategy's figures of the epoch that has just ended."""
+        return self.strategy.end_epoch(self)
+
+    def chosen(self) -> dict[str, IntArray] | None:
+        """Return the units that training chose, or ``None`` where widths are still to be searched."""
+        return self.strategy.chosen(self)
 
     def rng(self, step: StepContext) -> np.random.Generator:
         """Return the generator of a step, seeded from the step's own so that processes draw differently."""
@@ -164,6 +246,14 @@ class Supernet(nn.Module):
         return f"strategy={self.strategy}, groups={len(self._choices)}, space={self.space.size:.3g}"
 
 
+def _one_loss(strategy: Strategy, space: SearchSpace, widths: Mapping[str, int], losses: list[float]) -> float:
+    """Turn the training losses of a width vector's paths into one, as the strategy does with scores."""
+    first = space.groups[0]
+    if len(losses) > 1 and len(losses) == len(strategy.paths(widths[first.name], first)):
+        return -strategy.combine([-loss for loss in losses])
+    return sum(losses) / len(losses)
+
+
 def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
     capacities = {}
     for choices in space.groups:
@@ -175,6 +265,24 @@ def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
             )
         capacities[choices.name] = max(capacity, choices.width)
     return capacities
+
+
+def _orders(space: SearchSpace, strategy: Strategy, scores: Scores) -> dict[str, IntArray]:
+    ranked = rankings(scores)
+    orders = {}
+    for choices in space.groups:
+        ranking = ranked.get(choices.name)
+        if ranking is None or len(ranking) != choices.width:
+            raise OptionError(f"rank= needs {choices.width} scores for group '{choices.name}'")
+        order = np.asarray(strategy.order(ranking, choices))
+        capacity = max(strategy.capacity(choices), choices.width)
+        if not choices.width <= len(order) <= capacity or set(order[: choices.width]) != set(range(choices.width)):
+            raise OptionError(
+                f"strategy {type(strategy).__name__}: order() of group '{choices.name}' must name each of its "
+                f"{choices.width} units once, then at most {capacity - choices.width} copies"
+            )
+        orders[choices.name] = order
+    return orders
 
 
 def make_supernet(
@@ -193,6 +301,10 @@ def make_supernet(
     freeze: Sequence[str] = (),
     free_outputs: bool = False,
     seed: int = 0,
+    rank: str | Scores | None = None,
+    rank_data: Iterable[Any] | None = None,
+    rank_loss: Callable[[Any, Any], Tensor] | None = None,
+    merges: bool = False,
     **options: Any,
 ) -> Supernet:
     """Turn any model into a weight-sharing supernet.
@@ -212,6 +324,13 @@ def make_supernet(
         freeze: Module paths or patterns whose output widths stay.
         free_outputs: Let the model's outputs vary in width.
         seed: Seeds the values of channels that the model does not have yet.
+        rank: For models that are trained already: order units by importance before they are shared, so that narrow
+            networks get the useful ones: a criterion of :func:`widthkit.importance.unit_scores`, or its scores. At
+            full width the output stays what it was.
+        rank_data: Batches ``(inputs, targets)`` for the criteria that need gradients.
+        rank_loss: Their loss; cross entropy by default.
+        merges: The model has blocks that merge (RepVGG, MobileOne, :mod:`widthkit.blocks`, your own): train the
+            branches, but take widths from the merged network, where every layer is free; exports are merged.
         **options: Options of the strategy.
 
     Returns:
@@ -227,16 +346,14 @@ def make_supernet(
     torch.Size([1, 4, 4, 4])
     """
     chosen = make_strategy(strategy, options)
+    branched, model = (model, merge(model).train(model.training)) if merges else (None, model)
     if graph is None:
         graph = trace(model, example_inputs, freeze=freeze, free_outputs=free_outputs)
     if not graph.group_names:
         raise TraceError(f"{type(model).__name__} has no channel group that can vary; widthkit trace shows the reasons")
     if space is None:
-        limits: dict[str, Any] = {
-            "min_width": min_width,
-            "max_width": max_width,
-            "divisor": divisor,
-            "fixed": fixed,
-        }
-        space = uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
-    return Supernet(model, graph, space, chosen, seed=seed)
+        space = make_space(
+            graph, k=k, bins=bins, min_width=min_width, max_width=max_width, divisor=divisor, fixed=fixed
+        )
+    scores = unit_scores(model, graph, rank, data=rank_data, loss=rank_loss) if isinstance(rank, str) else rank
+    return Supernet(model, graph, space, chosen, seed=seed, scores=scores, branched=branched)

@@ -21,7 +21,7 @@ def interleaved(
         calls: Name -> what to run.
         repeats: Timed rounds.
         warmup: Rounds before that.
-        device: On CUDA every call is waited for.
+        device: On CUDA every call is timed between two events and waited for.
 
     Returns:
         Name -> seconds of every timed round.
@@ -32,13 +32,27 @@ def interleaved(
     for round_ in range(warmup + repeats):
         # Rotate the order: whoever runs after an idle gap or a large neighbour is not always the same.
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            start = time.perf_counter()
-            calls[name]()
-            if cuda:
-                torch.cuda.synchronize(device)
+            seconds = _on_cuda(calls[name], device) if cuda else _on_cpu(calls[name])
             if round_ >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return times
+
+
+def _on_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _on_cuda(call: Callable[[], object], device: str) -> float:
+    """Time one call between two events on the device's own clock, and wait for it."""
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 def forward_latency(

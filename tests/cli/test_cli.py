@@ -133,7 +133,8 @@ def test_train_search_export_are_the_same_job_in_steps(tmp_path, capfd, monkeypa
     assert step("search", out).returncode == 2
     assert step("train", "timm/resnet10t", *TINY, "--epochs", "1", "--out", out).returncode == 0
     assert "search first" in step("export", out).stderr
-    found = step("search", out, "--budget", "0.6x", "--searcher", "random", "--searcher-option", "n=3")
+    found = step("search", out, "--budget", "0.6x", "--searcher", "random", "--searcher-option", "n=3",
+                 "--score-model", "none")  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert len(json.loads((out / "search.json").read_text())["trials"]) == 3
     done = step("export", out)
@@ -191,6 +192,9 @@ BAD = {
         ["train", "timm/resnet10t", "--data", "fashion-mnist", "--data-dir", "nowhere", "--out", "OUT"], "nowhere",
     ),
     "budget too small": (["slim", "timm/resnet10t", *TINY, "--budget", "0.0001x", "--out", "OUT"], "narrowest"),
+    "budget with nonsense": (["slim", "timm/resnet10t", *TINY, "--budget", "1ms@cpu,often", "--out", "OUT"], "'often'"),
+    "budget on no device": (["slim", "timm/resnet10t", *TINY, "--budget", "1ms@cuda:99", "--out", "OUT"], "cuda:99"),
+    "memory too small": (["slim", "timm/resnet10t", *TINY, "--budget", "1kB", "--out", "OUT"], "narrowest"),
     "budget unreadable": (["slim", "timm/resnet10t", *TINY, "--budget", "half", "--out", "OUT"], "0.5x"),
     "unknown searcher option": (["slim", "timm/resnet10t", *TINY, "--searcher-option", "x=1", "--out", "OUT"], "'x'"),
     "searcher option of another type": (
@@ -278,3 +282,44 @@ def test_a_folder_is_claimed_by_results_and_not_by_a_failed_start(tmp_path):
         folder.begin(first, resume=False)
     with pytest.raises(OptionError, match=r"lr=0\.01"):
         folder.begin(first, resume=True)
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_in_stages_on_the_command_line(tmp_path, capfd, monkeypatch):
+    out = tmp_path / "staged"
+    data = ["--data", "digits", "--image-size", "16", "--limit", "60", "--batch-size", "30", "--lr", "0.01"]
+    options = ["--bins", "2", "--min-width", "2", "--divisor", "2", "--fix", "3=20", "--epochs", "1"]
+    done = here(capfd, monkeypatch, "train", "widthkit.bench.nets:plain_cnn", *data, *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    search = ["search", out, "--budget", "0.5x,0.7x", "--searcher", "random", "--searcher-option", "n=3"]
+    search += ["--stages", "2", "--alpha", "2"]
+    done = here(capfd, monkeypatch, *search)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "search.json").read_text())
+    assert found["widths"]["3"] == 20
+    assert [row["beta"] for row in found["settings"]["stages"]] == [2.0, 1.0]
+    assert 0.97 * 0.5 * found["full"]["macs"] < found["macs"] <= 0.5 * found["full"]["macs"]
+    assert here(capfd, monkeypatch, *search).returncode == 2  # a search is there already
+    resumed = here(capfd, monkeypatch, *search, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((out / "search.json").read_text()) == found
+    done = here(capfd, monkeypatch, "export", out)
+    assert done.returncode == 0, done.stderr
+    slim = wk.load(out / "slim", allow=["widthkit.bench.nets:plain_cnn"])
+    assert sum(p.numel() for p in slim.parameters()) == found["params"]
+
+
+def test_stages_need_bins(tmp_path, capfd, monkeypatch):
+    out = tmp_path / "plain"
+    data = ["--data", "digits", "--image-size", "16", "--limit", "60", "--batch-size", "30", "--lr", "0.01"]
+    assert (
+        here(
+            capfd, monkeypatch, "train", "widthkit.bench.nets:plain_cnn", *data, "--epochs", "1", "--out", out
+        ).returncode
+        == 0
+    )
+    done = here(capfd, monkeypatch, "search", out, "--stages", "2")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--bins" in done.stderr

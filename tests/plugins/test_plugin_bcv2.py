@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from widthkit_plugins.bc import BilaterallyCoupled
 from widthkit_plugins.bcv2 import BilaterallyCoupledV2
+from widthkit_plugins.ua import UniversallyAligned
 
+from widthkit.bench.activations import count_saved, one_backward
 from widthkit.errors import OptionError
 from widthkit.space import GroupChoices, SearchSpace
 from widthkit.supernet import make_supernet
@@ -41,11 +43,11 @@ def used(net):
     return (net.model[0].weight.grad != 0).flatten(1).any(1).int()
 
 
-def cardinality(net):
+def cardinality(net, paths=2):
     images, labels = batch()
     total = torch.zeros(net.model[0].out_channels, dtype=torch.int32)
     for width in net.space.groups[0].options:
-        for path in range(2):
+        for path in range(paths):
             net.zero_grad()
             F.cross_entropy(net.set_widths({"0": width}, path)(images), labels).backward()
             total += used(net)
@@ -68,10 +70,25 @@ def test_the_layout_of_the_text_uses_shared_channels_once_more():
     assert counts == [uniform] * (BASE - 1) + [uniform + 1] * (WIDTH - BASE + 1) + [uniform] * (BASE - 1)
 
 
+def used_by_left(c):
+    # Eq. 18; channels count from 1.
+    return WIDTH - max(c, BASE) + 1
+
+
+def test_ua_with_base_widths_uses_the_base_alike():
+    counts = cardinality(one_layer(UniversallyAligned()), paths=1)
+    assert counts == [used_by_left(c) for c in range(1, WIDTH + 1)]
+
+
 def test_bc_with_base_widths_is_unfair():
-    # Eq. 19: without bases of their own, channels near the ends are used less than those in the middle.
+    # Eq. 19: l + 1 + c - l_s at the base of either end, l + 1 between them: the ends are used less than the middle.
     counts = cardinality(one_layer(BilaterallyCoupled()))
-    assert len(set(counts)) > 1
+    expected = []
+    for c in range(1, WIDTH + 1):
+        near = min(c, WIDTH + 1 - c)
+        expected.append(WIDTH + 1 if near >= BASE else WIDTH + 1 + near - BASE)
+    assert counts == expected == [used_by_left(c) + used_by_left(WIDTH + 1 - c) for c in range(1, WIDTH + 1)]
+    assert counts[0] == counts[-1] == min(counts) < max(counts)
 
 
 @pytest.mark.parametrize("width", range(BASE, WIDTH + 1))
@@ -95,6 +112,31 @@ def test_a_width_and_its_complement_train_every_channel_once_per_pair_of_turns(w
     assert total.tolist() == [2] * (WIDTH + BASE)
     assert all(turn[0] == 1 for turn in by_turn[:2])
     assert all(turn[-1] == 1 for turn in by_turn[2:])
+
+
+def test_updates_in_turns_keep_half_the_activations(monkeypatch):
+    # Counted from what autograd saves, against both ends in one backward (Eq. 10), width by width.
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, 4, 3), nn.Flatten()]
+    space = {"k": 4, "min_width": "0.5x"}
+    for width in (WIDTH, WIDTH // 2):
+        monkeypatch.setattr(SearchSpace, "sample", lambda space, rng, width=width: {"0": width})
+        peaks = {}
+        for iterative in (True, False):
+            strategy = BilaterallyCoupledV2(iterative=iterative, complementary=False)
+            net = make_supernet(nn.Sequential(*layers), strategy, example_inputs=(1, 3, 9, 9), **space)
+            images, labels = torch.randn(7, 3, 9, 9), torch.zeros(7, dtype=torch.long)
+            # Shared by both ends, so not part of what doubles.
+            shared = images.nbytes + labels.nbytes
+            with count_saved(7) as saved:
+                net.train_step(make_step(batch=(images, labels)))
+            peaks[iterative] = saved.peak - shared
+            both = one_backward(net, net.paths({"0": width}), make_step(batch=(images, labels))) - shared
+            total = saved.total
+        assert peaks[True] * 2 == both
+        # Both ends on one batch, but one backward after the other: twice the work, not twice the memory.
+        assert peaks[False] == peaks[True]
+        assert total > peaks[False] + shared
 
 
 def test_only_two_layouts_are_known():

@@ -1,7 +1,9 @@
 """The conformance suites themselves: a plug-in that breaks a rule fails the test of that rule."""
 
 import math
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +50,28 @@ def attached(self, net, step):
     return loss
 
 
+def counting(self, net, step):
+    """Keeps a number that no checkpoint knows."""
+    COUNTS[id(net)] = COUNTS.get(id(net), 0) + 1
+    widths = net.space.largest if COUNTS[id(net)] > 2 else net.space.smallest
+    loss = step.loss(net.forward_on(net.paths(widths)[0], step), step.targets)
+    step.backward(loss)
+    return loss.detach()
+
+
+def moody(self, net, widths):
+    """Picks other units at every call."""
+    rng = np.random.default_rng()
+    return [{n: np.sort(rng.permutation(net.wide_graph.full[n])[: max(1, w // 2)]) for n, w in widths.items()}]
+
+
+def last_units(self, net):
+    return {g.name: np.arange(g.widest // 2, g.widest) for g in net.space.groups}
+
+
+COUNTS = {}
+TMP = Path(tempfile.mkdtemp())
+
 STRATEGIES = {
     "capacity": ("test_capacity_covers_the_widest_choice", {"capacity": lambda s, c: c.widest - 1}, ("plain",)),
     "past the end": (
@@ -77,6 +101,14 @@ STRATEGIES = {
     "learns nothing": ("test_training_learns", {"train_step": untouched}, ()),
     "updates": ("test_a_step_leaves_weights_to_the_optimiser", {"train_step": updates}, ()),
     "global draws": ("test_a_step_leaves_weights_to_the_optimiser", {"train_step": global_draws}, ()),
+    "NaN wins": (
+        "test_scores_that_are_no_numbers_never_win",
+        {"combine": lambda s, scores: np.nan_to_num(scores[0])},
+        (),
+    ),
+    "hidden state": ("test_training_can_be_stored_and_continued", {"train_step": counting}, ("plain", TMP)),
+    "moody": ("test_every_width_of_every_group_is_judged", {"subnetworks": moody}, ("single choice",)),
+    "lost choice": ("test_hooks_have_the_agreed_forms", {"chosen": last_units}, ()),
     "sum": ("test_scores_of_all_paths_become_one", {"combine": lambda s, scores: sum(scores) + 1}, ()),
 }
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from widthkit.budget import Budget, Limit, parse_budget, show_count
 from widthkit.errors import BudgetError
+from widthkit.latency import Conditions
 from widthkit.space import uniform_space
 from widthkit.trace import trace
 
@@ -98,11 +99,10 @@ def test_budgets_that_cannot(text):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("12MB", "is a memory budget, which is not supported yet"),
-        ("1.5 GiB", "is a memory budget"),
-        ("0.5x,12MB", "budget '12MB' is a memory budget"),
-        ("1.8ms@cuda:0", "is a latency budget, which is not supported yet"),
-        ("30 ms", "is a latency budget"),
+        ("12Mb", "a small b leaves open: write MB"),
+        ("12 bytes", "write B, kB, MB or MiB"),
+        ("30fps", "write us, ms or s of one pass"),
+        ("5min", "write us, ms or s of one pass"),
         ("2GFLOPs", "is in FLOPs"),
         ("fast", "cannot be read"),
     ],
@@ -110,8 +110,76 @@ def test_budgets_that_cannot(text):
 def test_other_budgets_are_refused_with_the_forms_that_exist(text, why):
     with pytest.raises(BudgetError, match=why) as caught:
         parse_budget(text, graph())
-    assert "MACs (0.5x of the model's, 2.0GMACs) or params (3.1Mparams)" in str(caught.value)
+    assert "MACs (0.5x of the model's, 2.0GMACs) or params (3.1Mparams), memory (12MB" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "at"),
+    [
+        ("12MB", 12 * 10**6, Conditions()),
+        ("12mb", 12 * 10**6, Conditions()),
+        ("1.5 MiB", 3 * 2**19, Conditions()),
+        ("2kB", 2000, Conditions()),
+        ("900B", 900, Conditions()),
+        ("8MB@batch=16", 8 * 10**6, Conditions(batch=16)),
+        ("8MB@bf16,batch=16", 8 * 10**6, Conditions(batch=16, dtype="bfloat16")),
+    ],
+)
+def test_memory_budgets(text, value, at):
+    (limit,) = parse_budget(text, graph()).limits
+    assert (limit.kind, limit.value, limit.conditions) == ("memory", value, at)
+
+
+@pytest.mark.parametrize(
+    ("text", "ms", "at"),
+    [
+        ("1.8ms", 1.8, Conditions()),
+        ("1800us", 1.8, Conditions()),
+        ("0.0018 s@cpu", 1.8, Conditions("cpu")),
+        ("1.8ms@cpu,batch=8,channels_last,bf16", 1.8, Conditions("cpu", 8, "bfloat16", True)),
+    ],
+)
+def test_latency_budgets(text, ms, at):
+    """Reading one measures nothing."""
+    (limit,) = parse_budget(text, graph()).limits
+    assert (limit.kind, limit.conditions) == ("latency", at)
+    assert limit.value == pytest.approx(ms)
+    assert limit.latency is not None
+
+
+def test_words_behind_an_at_belong_to_the_budget_before_them():
+    budget = parse_budget("0.5x,12MB@batch=16,bf16,1.8ms@cpu,batch=8,300params", graph())
+    assert [limit.text for limit in budget.limits] == ["0.5x", "12MB@batch=16,bf16", "1.8ms@cpu,batch=8", "300params"]
+    assert parse_budget([limit.text for limit in budget.limits], graph()) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0.5x@cpu", "MACs and parameters are per example on any device"),
+        ("12MB@cpu", r"memory depends on batch= and the type alone"),
+        ("12MB@channels_last", r"memory depends on batch= and the type alone"),
+        ("12MB@", "neither a device"),
+        ("0.4B", "allows nothing at all"),
+        ("0ms", "positive, finite time"),
+        ("1e999ms", "positive, finite time"),
+        ("1ms@cpu,fast", "'fast' is neither a device"),
+        ("1ms@batch=0", "no batch size"),
+        ("1ms@cpu,batch=2,batch=4", "names its batch size twice"),
+        ("0.5x,bf16", "'bf16' cannot be read"),
+    ],
+)
+def test_conditions_that_make_no_sense_are_refused(text, why):
+    with pytest.raises(BudgetError, match=why) as caught:
+        parse_budget(text, graph())
+    assert "\n" not in str(caught.value)
+
+
+def test_costs_are_written_with_their_units():
+    assert Limit("memory", 1, "").show(12_345_678) == "12.3 MB"
+    assert Limit("latency", 1, "").show(1.23456) == "1.23 ms"
+    assert Limit("params", 1, "").show(1234) == "1.23k params"
 
 
 def test_the_bound_itself_fits():

@@ -44,9 +44,14 @@ except Stop:
     torch.manual_seed(rank)
     cut = normed()
     train(cut, shuffled(), 2, out=out, resume=True, **OPTIONS)
+import widthkit as wk
+from widthkit.testing import small_batch, small_graph, small_net
+supernet = wk.make_supernet(small_net(), "bc", graph=small_graph(), k=4)
+train(supernet, [small_batch(10 * rank + i) for i in range(6)], 1, lr=0.01, device="cpu", progress=False)
 flat = lambda m: [v.flatten().tolist() for v in m.state_dict().values()]
 print(json.dumps({"joint": flat(net), "loss": joint.loss, "branches": flat(branches), "seeds": branches.seeds,
-                  "whole": flat(whole), "cut": flat(cut)}))
+                  "whole": flat(whole), "cut": flat(cut),
+                  "records": supernet.width_history.records}))
 torch.distributed.destroy_process_group()
 """
 
@@ -129,6 +134,12 @@ def test_parameters_that_one_process_did_not_use_count_as_zero(pair):
         assert mine == pytest.approx(theirs, abs=1e-12)
     # Used by nobody: not even decayed.
     assert pair[0]["branches"][4] == start.flatten().tolist()
+
+
+def test_processes_share_what_they_remember_of_widths(pair):
+    """Each trains 6 steps with 2 width vectors; both end with the records of all of them."""
+    assert pair[0]["records"] == pair[1]["records"]
+    assert 12 < len(pair[0]["records"]) <= 24
 
 
 def test_processes_draw_different_random_choices(pair):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from widthkit.cli.app import bench
-from widthkit.cli.options import JsonFile
+from widthkit.cli.options import DataDir, JsonFile
 
 
 @bench.command("step")
@@ -87,3 +87,133 @@ def bench_fuzz(
 
     if run(examples, seed, out):
         raise typer.Exit(1)
+
+
+@bench.command("predict")
+def bench_predict(
+    models: Annotated[list[str] | None, typer.Option("--model", help="Models to predict and measure")] = None,
+    size: Annotated[int, typer.Option(help="Image size")] = 112,
+    at: Annotated[str, typer.Option(help="Where: device, batch=8, fp32 or bf16, channels_last, with commas")] = "cpu",
+    networks: Annotated[int, typer.Option(min=2, help="Random sub-networks per model")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draw")] = 1,
+    out: JsonFile = None,
+) -> None:
+    """Compare predicted latencies of random sub-networks with measured ones."""
+    import torch
+
+    from widthkit.bench.predict import DEFAULT, run
+    from widthkit.latency import read_conditions
+
+    torch.set_num_threads(threads)
+    run(models or DEFAULT, size, read_conditions(at.split(","), f"--at {at}"), networks, out, seed)
+
+
+@bench.command("strategy-memory")
+def bench_strategy_memory(
+    model: Annotated[str, typer.Option(help="Model to train")] = "torchvision/resnet18",
+    size: Annotated[int, typer.Option(help="Image size")] = 64,
+    batch: Annotated[int, typer.Option(help="Images per step; no layer's width")] = 17,
+    strategies: Annotated[list[str] | None, typer.Option("--strategy", help="Strategies; all by default")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Count the bytes of activations that a training step of every strategy keeps for its backwards."""
+    from widthkit.bench.activations import run
+
+    run(model, size, batch, strategies or [], out)
+
+
+@bench.command("learn")
+def bench_learn(
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="small-resnet or small-mobilenetv2; both by default")
+    ] = None,
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", help="NAME or NAME:OPTION=VALUE,...; every registered one by default"),
+    ] = None,
+    data_dir: DataDir = None,
+    data: Annotated[str, typer.Option(help="Data set")] = "fashion-mnist",
+    part: Annotated[
+        str, typer.Option(help="all, dense, supernets, cost (measured anew, run it on a quiet machine) or table")
+    ] = "all",
+    train_images: Annotated[int, typer.Option(help="Training images")] = 8000,
+    epochs: Annotated[int, typer.Option(help="Epochs of a network trained alone")] = 3,
+    supernet_epochs: Annotated[int, typer.Option(help="Epochs of a supernet")] = 10,
+    widths: Annotated[int, typer.Option(help="Width vectors to compare, half of them at nearly equal MACs")] = 24,
+    seeds: Annotated[int, typer.Option(help="Trainings of each width vector alone")] = 2,
+    repeats: Annotated[int, typer.Option(help="Timed steps")] = 30,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the records; a killed run goes on there")] = Path(
+        "out/learn"
+    ),
+) -> None:
+    """Compare strategies: cost of a step, and rank correlation of supernet scores with training alone."""
+    from widthkit.bench.learn import Contender, Setup, run
+    from widthkit.bench.small import MODELS
+    from widthkit.strategy import STRATEGIES
+
+    setups = [
+        Setup(model, data, train_images, epochs=epochs, supernet_epochs=supernet_epochs, n_widths=widths, seeds=seeds)
+        for model in models or MODELS
+    ]
+    run(
+        setups,
+        [Contender.read(text) for text in strategies or STRATEGIES.names()],
+        data_dir,
+        out,
+        part,
+        repeats,
+        lambda line: typer.echo(line, err=True),
+    )
+
+
+@bench.command("greedy")
+def bench_greedy(
+    models: Annotated[list[str] | None, typer.Option("--model", help="Models to measure")] = None,
+    size: Annotated[int, typer.Option(help="Image size")] = 64,
+    batch: Annotated[int, typer.Option(help="Held-out images")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed rounds")] = 3,
+    memory: Annotated[str, typer.Option(help="Most memory for what candidates share")] = "2GB",
+    device: Annotated[str, typer.Option(help="Where to measure")] = "cpu",
+    out: JsonFile = None,
+) -> None:
+    """Judge a greedy round candidate by candidate and together; compare the gain with its bound."""
+    from widthkit.bench.greedy import DEFAULT, run
+
+    run(models or DEFAULT, size, batch, repeats, memory, device, out)
+
+
+@bench.command("search")
+def bench_search(
+    searchers: Annotated[
+        list[str] | None, typer.Option("--searcher", help="Searchers to compare with brute force")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Scores per space and budget")] = 10,
+    evaluations: Annotated[int, typer.Option(min=1, help="Most networks a search may judge")] = 200,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of the supernets for first populations; 0: skip")] = 10,
+    model: Annotated[str, typer.Option(help="Model of these supernets")] = "widthkit.bench.nets:plain_cnn",
+    limit: Annotated[int | None, typer.Option(help="Most images per part of the data")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Compare searchers with brute force, first populations with random ones, and time random draws."""
+    from widthkit.bench.search import run
+
+    run(searchers or ["evolution", "greedy", "random"], seeds, evaluations, epochs, model, limit, out)
+
+
+@bench.command("lazy")
+def bench_lazy(
+    model: Annotated[str, typer.Option(help="Model to train thinly on digits; takes width_mult")] = (
+        "torchvision/mobilenet_v2"
+    ),
+    seeds: Annotated[int, typer.Option(help="Supernets")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each")] = 3,
+    k: Annotated[int, typer.Option(help="Choices per group")] = 4,
+    image_size: Annotated[int, typer.Option(help="Image size")] = 16,
+    budget: Annotated[str, typer.Option(help="Budget of the searches")] = "0.6x",
+    out: JsonFile = None,
+) -> None:
+    """Compare greedy's lazy rounds and races with the plain loop: work, and whether the final widths are the same."""
+    from widthkit.bench.lazy import run
+
+    run(model, seeds, epochs, k, image_size, budget, out)

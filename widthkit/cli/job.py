@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from widthkit.cli.app import app
 from widthkit.cli.options import (
+    Alpha,
     Augment,
     BatchSize,
     Bins,
     BudgetText,
+    Calibrate,
+    CalibrateEpochs,
     Choices,
     Data,
     DataDir,
     Device,
     Divisor,
     Epochs,
+    Evaluations,
     FinalEpochs,
+    Fix,
     Freeze,
     ImageSize,
     Init,
@@ -33,19 +37,24 @@ from widthkit.cli.options import (
     Out,
     Precision,
     Pretrained,
+    Rank,
     Resume,
     Run,
     Schedule,
+    ScoreModelName,
+    ScoreModelOption,
     SearcherName,
     SearcherOption,
     SearchImages,
+    SearchMemory,
     Seed,
     Seeds,
+    StageCount,
     StrategyName,
     StrategyOption,
     WeightDecay,
+    fixed_widths,
     pairs,
-    read_widths,
 )
 
 
@@ -59,6 +68,7 @@ def train_command(
     limit: LimitImages = None,
     augment: Augment = False,
     pretrained: Pretrained = False,
+    rank: Rank = None,
     strategy: StrategyName = "bc",
     strategy_option: StrategyOption = None,
     k: Choices = 10,
@@ -66,6 +76,7 @@ def train_command(
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
     epochs: Epochs = 10,
     batch_size: BatchSize = 128,
@@ -95,40 +106,38 @@ def search_command(
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
     from widthkit.pipeline import Folder, Job
     from widthkit.search.run import describe
+    from widthkit.train.parallel import process_index
 
     folder = Folder(run)
     job = Job(folder.config(), folder)
     job.config.budget, job.config.searcher = budget, searcher
     job.config.searcher_options = pairs(searcher_option)
-    job.config.search_images = search_images
+    job.config.score_model, job.config.score_model_options = score_model, pairs(score_model_option)
+    job.config.evaluations, job.config.calibrate = evaluations, calibrate
+    job.config.calibrate_epochs = calibrate_epochs
+    job.config.search_images, job.config.search_memory = search_images, search_memory
+    job.config.stages, job.config.alpha = stages, alpha
     net, splits = job.check()
     job.require_supernet()
     folder.fresh_search(resume)
     job.train_supernet(net, splits)
-    typer.echo(describe(job.search_widths(net, splits)))
-    typer.echo(f"next: widthkit export {run}")
-
-
-@app.command("export")
-def export_command(
-    run: Run,
-    widths: Annotated[Path | None, typer.Option(help="JSON file: group name -> width; the search's by default")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; RUN/slim by default")] = None,
-) -> None:
-    """Write the slim network with the supernet's weights, its batch norms recalibrated."""
-    from widthkit.pipeline import Folder, Job
-
-    folder = Folder(run)
-    job = Job(folder.config(), folder)
-    chosen = read_widths(widths) if widths else folder.result().widths
-    job.require_supernet()
-    for path in job.export_slim(chosen, out or folder.path / "slim"):
-        typer.echo(path)
+    result = job.search_widths(net, splits)
+    if process_index() == 0:
+        typer.echo(describe(result))
+        typer.echo(f"next: widthkit export {run}")
 
 
 @app.command("slim")
@@ -142,17 +151,27 @@ def slim_command(
     limit: LimitImages = None,
     augment: Augment = False,
     pretrained: Pretrained = False,
+    rank: Rank = None,
     strategy: StrategyName = "bc",
     strategy_option: StrategyOption = None,
     searcher: SearcherName = "greedy",
     searcher_option: SearcherOption = None,
     search_images: SearchImages = 2048,
+    score_model: ScoreModelName = "auto",
+    score_model_option: ScoreModelOption = None,
+    evaluations: Evaluations = None,
+    calibrate: Calibrate = 0,
+    calibrate_epochs: CalibrateEpochs = 2,
+    search_memory: SearchMemory = "2GB",
     k: Choices = 10,
     bins: Bins = None,
     min_width: MinWidth = "0.1x",
     max_width: MaxWidth = "1x",
     divisor: Divisor = 1,
+    fix: Fix = None,
     freeze: Freeze = None,
+    stages: StageCount = 1,
+    alpha: Alpha = 2.0,
     epochs: Epochs = 10,
     final_epochs: FinalEpochs = 10,
     seeds: Seeds = 1,
@@ -172,6 +191,8 @@ def slim_command(
     values = dict(locals())
     from widthkit.report.run import report_run, table_text
 
+    if stages > 1 and bins is None:
+        values["bins"] = alpha ** (stages - 1)  # the last stage then has bins with beta 1
     job = _start(values)
     net, splits = job.check(final=True)
     job.folder.begin(job.config, resume)
@@ -198,6 +219,8 @@ def _start(values: dict[str, Any]) -> Any:
     settings["model_options"] = pairs(values.get("model_option"))
     settings["strategy_options"] = pairs(values.get("strategy_option"))
     settings["searcher_options"] = pairs(values.get("searcher_option"))
+    settings["score_model_options"] = pairs(values.get("score_model_option"))
     settings["mixed_precision"] = values["precision"]
+    settings["fixed"] = fixed_widths(values.get("fix"))
     config = RunConfig(**settings)
     return Job(config, Folder(values["out"]))

@@ -7,7 +7,12 @@ import sys
 from typing import Any
 
 import widthkit.cli.bench
+import widthkit.cli.bench_score_model
+import widthkit.cli.deploy
+import widthkit.cli.export
 import widthkit.cli.job
+import widthkit.cli.plot
+import widthkit.cli.space
 import widthkit.cli.trace  # noqa: F401
 from widthkit.cli.app import app
 from widthkit.errors import WidthkitError

@@ -25,17 +25,49 @@ ImageSize = Annotated[
 LimitImages = Annotated[int | None, typer.Option("--limit", help="Most images per part of the data")]
 Augment = Annotated[bool, typer.Option(help="Random crops and flips while training")]
 Pretrained = Annotated[bool, typer.Option(help="Start from the library's weights")]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        help="Order units by importance before sharing, for pretrained models: magnitude, bn-scale, lamp, fpgm, taylor "
+        "or hessian"
+    ),
+]
 StrategyName = Annotated[str, typer.Option("--strategy", help="Sharing strategy; see widthkit plugins")]
 SearcherName = Annotated[str, typer.Option("--searcher", help="Searcher; see widthkit plugins")]
 StrategyOption = Annotated[list[str] | None, typer.Option(help="Option of the strategy, as NAME=VALUE (JSON)")]
 SearcherOption = Annotated[list[str] | None, typer.Option(help="Option of the searcher, as NAME=VALUE (JSON)")]
 SearchImages = Annotated[int, typer.Option(min=1, help="Held-out images that every candidate is judged on, at most")]
-BudgetText = Annotated[str, typer.Option("--budget", help="0.5x, 2.0GMACs, 3.1Mparams, or several with commas")]
+ScoreModelName = Annotated[
+    str, typer.Option("--score-model", help="Smooths the supernet's scores: auto, none or a name; see widthkit plugins")
+]
+ScoreModelOption = Annotated[list[str] | None, typer.Option(help="Option of the score model, as NAME=VALUE (JSON)")]
+Evaluations = Annotated[
+    int | None,
+    typer.Option(min=2, help="Networks that the supernet judges for a score model"),
+]
+Calibrate = Annotated[int, typer.Option(min=0, help="Stand-alone trainings, chosen by design, that correct the scores")]
+CalibrateEpochs = Annotated[int, typer.Option(min=1, help="Epochs of each of them")]
+SearchMemory = Annotated[str, typer.Option(help="Most memory for what candidates that are judged together share")]
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="0.5x, 2.0GMACs, 3.1Mparams, memory like 12MB or 12MB@batch=16,bf16, latency like "
+        "1.8ms@cuda:0,batch=8,channels_last; several with commas",
+    ),
+]
 Choices = Annotated[int, typer.Option("--k", help="Evenly spaced choices per group")]
-Bins = Annotated[float | None, typer.Option(help="FLOPs-sensitive bins with this beta, instead of --k")]
+Bins = Annotated[
+    float | None, typer.Option(help="FLOPs-sensitive bins with this beta, instead of --k (the first stage's)")
+]
 MinWidth = Annotated[str, typer.Option(help="Narrowest width, as a ratio")]
 MaxWidth = Annotated[str, typer.Option(help="Widest width, as a ratio; above 1x the supernet grows")]
 Divisor = Annotated[int, typer.Option(help="Widths are multiples of this")]
+Fix = Annotated[list[str] | None, typer.Option("--fix", help="Keep a channel group at one width, as GROUP=WIDTH")]
+StageCount = Annotated[
+    int, typer.Option("--stages", min=1, help="Search in so many stages; bins get finer, each starts from the last")
+]
+Alpha = Annotated[float, typer.Option(help="With --stages: bins get finer by this factor from stage to stage")]
 Epochs = Annotated[int, typer.Option(help="Epochs of the supernet")]
 FinalEpochs = Annotated[int, typer.Option(help="Epochs of the final trainings")]
 Seeds = Annotated[int, typer.Option(help="Final trainings per network")]
@@ -64,6 +96,17 @@ def pairs(items: list[str] | None) -> dict[str, Any]:
             found[name] = json.loads(text)
         except ValueError:
             found[name] = text
+    return found
+
+
+def fixed_widths(items: list[str] | None) -> dict[str, int]:
+    """Read GROUP=WIDTH options."""
+    found = {}
+    for item in items or []:
+        name, _, text = item.rpartition("=")
+        if not name or not text.strip().isdecimal():
+            raise OptionError(f"--fix '{item}' is not of the form GROUP=WIDTH; widthkit space lists the groups")
+        found[name] = int(text)
     return found
 
 

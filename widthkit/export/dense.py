@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from widthkit.export.info import refresh_feature_info
 from widthkit.export.origin import Origin, after, origin_of, set_origin
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.plan import Plan, apply_plan, make_plan
@@ -53,6 +54,7 @@ def export(
     graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
     plan = make_plan(graph, widths)
     slim = apply_plan(net, plan)
+    refresh_feature_info(slim)
     origin = _origin(graph, plan, Dense.of(net))
     earlier = origin_of(net)
     set_origin(slim, origin if earlier is None else after(earlier, origin))
@@ -61,7 +63,8 @@ def export(
 
 def _from_supernet(net: Supernet, widths: Kept | None, path: int) -> nn.Module:
     units = net.active if widths is None else net.units(widths, path)
-    slim = apply_plan(net.model, net.plan(units))
+    slim = apply_plan(net.whole(), net.plan(units))
+    refresh_feature_info(slim)
     origin = _origin(net.graph, _dense_plan(net, units), net.dense)
     earlier = origin_of(net.model)
     set_origin(slim, origin if earlier is None else after(earlier, origin))

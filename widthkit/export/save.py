@@ -15,37 +15,25 @@ from torch import Tensor, nn
 import widthkit.version
 from widthkit.clone import all_names, meta_clone, named_tensors
 from widthkit.errors import ModelError, SlimFileError, WidthsError
-from widthkit.export.origin import Origin, origin_of, set_origin
-from widthkit.export.schema import SlimFile, decode_plan, encode_plan
+from widthkit.export.origin import Origin, origin_of
+from widthkit.export.rebuild import rebuild
+from widthkit.export.schema import SlimFile, checksum, encode_plan
 from widthkit.files import atomic_write
-from widthkit.models import ModelName, candidates, create_model
+from widthkit.models import ModelName, candidates
 from widthkit.plan import apply_plan, check_shapes
 from widthkit.structure import Dense, structure, structure_hash
 
 
-def save(
+def save_files(
     slim: nn.Module, path: str | Path, *, model: str | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Path, Path]:
-    """Write ``PATH.safetensors`` and ``PATH.json``.
-
-    Args:
-        slim: A network that :func:`widthkit.export` made, trained further or not.
-        path: Where to write; an ending ``.json`` or ``.safetensors`` is dropped.
-        model: Name of the dense model (``torchvision/...``, ``timm/...``, ``package.module:factory``); found by
-            itself for models of torchvision and timm.
-        kwargs: Arguments of the dense model's factory, with ``model``.
+    """Write ``PATH.safetensors`` and ``PATH.json``; see :func:`widthkit.save`.
 
     Returns:
         The two paths, weights first.
 
     Raises:
         SlimFileError: If the dense model's name is not known or does not rebuild this network; nothing is written.
-
-    >>> import tempfile, widthkit as wk
-    >>> slim = wk.export(wk.create_model("torchvision/resnet18", num_classes=10), {"conv1": 16})
-    >>> weights, _ = save(slim, Path(tempfile.mkdtemp()) / "slim")
-    >>> load(weights).conv1.out_channels
-    16
     """
     origin = origin_of(slim)
     if origin is None:
@@ -53,7 +41,7 @@ def save(
     name = _name_of(slim, origin, ModelName(model, dict(kwargs or {})) if model else None)
     tensors = _state(slim)
     blob = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    weights, recipe = _paths(path)
+    weights, recipe = paths_of(path)
     record = {
         "format": 1,
         "widthkit": widthkit.version.__version__,
@@ -68,7 +56,8 @@ def save(
         "plan": encode_plan(origin.plan),
     }
     try:
-        text = json.dumps(record, indent=1)
+        record = json.loads(json.dumps(record))  # tuples become lists, as they will be when the file is read
+        text = json.dumps({**record, "sha256": checksum(record)}, indent=1)
     except TypeError as error:
         raise SlimFileError(f"the arguments of {name.name} are not plain JSON values: {error}") from error
     atomic_write(weights, blob)
@@ -91,7 +80,7 @@ def load(path: str | Path, *, allow: Sequence[str] = (), device: str | torch.dev
     Raises:
         SlimFileError: If a file is missing, damaged, of another format version, or does not fit the model.
     """
-    weights, recipe = _paths(path)
+    weights, recipe = paths_of(path)
     record = _read(recipe)
     if ":" in record.model.name and record.model.name not in allow:
         raise SlimFileError(
@@ -100,30 +89,8 @@ def load(path: str | Path, *, allow: Sequence[str] = (), device: str | torch.dev
     blob = _bytes(weights)
     if hashlib.sha256(blob).hexdigest() != record.weights_sha256:
         raise SlimFileError(f"{weights} does not belong to {recipe} or is damaged (checksum differs); save it again")
-    name = ModelName(record.model.name, record.model.kwargs)
-    slim = _rebuild(name, record, recipe)
-    _load_state(slim, blob, weights)
+    slim = rebuild(record, _tensors(blob, weights), weights, recipe)
     return slim.to(device).eval()
-
-
-def _rebuild(name: ModelName, record: SlimFile, recipe: Path) -> nn.Module:
-    try:
-        dense = create_model(name.name, **name.kwargs)
-    except ModelError as error:
-        raise SlimFileError(f"{recipe}: {error}") from error
-    described = Dense.of(dense)
-    if structure_hash(described.structure) != record.dense_structure:
-        raise SlimFileError(f"{recipe}: {name.name} has another structure in this version of its library")
-    try:
-        plan = decode_plan(record, {n: tuple(t.shape) for n, t in named_tensors(dense).items()})
-        slim = apply_plan(dense, plan)
-    except (WidthsError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise SlimFileError(f"{recipe}: the plan does not fit {name.name}: {' '.join(str(error).split())}") from error
-    if structure_hash(structure(slim)) != record.slim_structure:
-        raise SlimFileError(f"{recipe}: the plan rebuilds another network than the one that was saved")
-    costs = record.macs, record.params, record.dense_macs, record.dense_params
-    set_origin(slim, Origin(plan, described, *costs, model=name))
-    return slim
 
 
 def _name_of(slim: nn.Module, origin: Origin, given: ModelName | None) -> ModelName:
@@ -168,23 +135,11 @@ def _state(slim: nn.Module) -> dict[str, Tensor]:
     return {name: state[name].detach().cpu().contiguous() for name in firsts}
 
 
-def _load_state(slim: nn.Module, blob: bytes, path: Path) -> None:
+def _tensors(blob: bytes, path: Path) -> dict[str, Tensor]:
     try:
-        tensors = safetensors.torch.load(blob)
+        return safetensors.torch.load(blob)
     except Exception as error:
-        raise SlimFileError(f"{path} is not a safetensors file: {error}") from error
-    state = dict(tensors)
-    for first, names in all_names(slim).items():
-        for alias in names[1:]:
-            if first in tensors:
-                state[alias] = tensors[first]
-    stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    if stored is not None:
-        slim.to(stored)
-    try:
-        slim.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise SlimFileError(f"{path} does not fit its plan: {' '.join(str(error).split())[:200]}") from error
+        raise SlimFileError(f"{path} is not a safetensors file: {' '.join(str(error).split())[:160]}") from error
 
 
 def _read(path: Path) -> SlimFile:
@@ -200,7 +155,8 @@ def _bytes(path: Path) -> bytes:
         ) from error
 
 
-def _paths(path: str | Path) -> tuple[Path, Path]:
+def paths_of(path: str | Path) -> tuple[Path, Path]:
+    """Return the paths of the weights and of the recipe."""
     base = Path(path)
     if base.suffix in (".json", ".safetensors"):
         base = base.with_suffix("")

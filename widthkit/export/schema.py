@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class SlimFile(_Strict):
     dense_macs: int
     dense_params: int
     plan: PlanRecord
+    sha256: str
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> SlimFile:
@@ -77,12 +80,20 @@ class SlimFile(_Strict):
         version = raw.get("format") if isinstance(raw, dict) else None
         if version != FORMAT:
             raise SlimFileError(f"{path} has format version {version!r}; this widthkit reads version {FORMAT}")
+        if raw.get("sha256") != checksum(raw):
+            raise SlimFileError(f"{path} is damaged (its checksum differs); save the network again")
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise SlimFileError(f"{path} is damaged at '{where}': {first['msg']}") from error
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record without its own checksum: finds accidents, not forgeries; those the other checks bound."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def encode_plan(plan: Plan) -> dict[str, Any]:
@@ -99,12 +110,19 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def decode_plan(record: SlimFile, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
-    """Turn JSON values into a plan for a model with these shapes.
+def decode_plan(record: SlimFile, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Turn JSON values into a plan.
+
+    Args:
+        record: The file.
+        shapes: Tensor name -> shape in the dense model.
+        stored: Tensor name -> shape in the weights file; what is not in there may not be larger than the largest.
 
     Raises:
-        ValueError: If a name, dim or index does not exist, before anything of that size is allocated.
+        ValueError: If a name, dim or index does not exist, or a size is not the weights file's, before anything of
+            that size is allocated.
     """
+    largest = max([math.prod(shape) for shape in stored.values()], default=0)
     tensors: dict[str, dict[int, IntArray]] = {}
     for name, dims in record.plan.tensors.items():
         if name not in shapes:
@@ -113,14 +131,23 @@ def decode_plan(record: SlimFile, shapes: Mapping[str, tuple[int, ...]]) -> Plan
             dim = int(text)
             if not 0 <= dim < len(shapes[name]):
                 raise ValueError(f"'{name}' has no dim {dim}")
-            tensors.setdefault(name, {})[dim] = from_runs(runs, shapes[name][dim], f"{name}[{dim}]")
+            where = f"{name}[{dim}]"
+            _check_total(runs, stored.get(name), dim, largest, where)
+            tensors.setdefault(name, {})[dim] = from_runs(runs, shapes[name][dim], where)
     attributes: dict[tuple[str, str], dict[int | None, int]] = {}
     for a in record.plan.attributes:
-        if a.value < 1:
+        if not 1 <= a.value < 2**31:
             raise ValueError(f"{a.module}.{a.name} = {a.value}")
         attributes.setdefault((a.module, a.name), {})[a.element] = a.value
     expected = {name: tuple(shape) for name, shape in record.plan.shapes.items()}
     return Plan(record.plan.widths, {}, tensors, attributes, expected)
+
+
+def _check_total(runs: list[list[int]], stored: tuple[int, ...] | None, dim: int, largest: int, where: str) -> None:
+    total = sum(run[1] for run in runs if len(run) == 2)
+    fits = total <= largest if stored is None else dim < len(stored) and total == stored[dim]
+    if not fits:
+        raise ValueError(f"{where}: {total} entries, which the weights file does not hold")
 
 
 def to_runs(index: IntArray) -> Runs:

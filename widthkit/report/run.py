@@ -13,10 +13,20 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from widthkit.blame import ENOUGH, SlowLayer, describe, is_slow
 from widthkit.budget import show_count
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_write
 from widthkit.search import SearchResult
+from widthkit.search.measured import describe_rows
+
+
+class _Slow(BaseModel):
+    name: str
+    dense_ms: float
+    slim_ms: float
+    work: float
+    excess_ms: float
 
 
 class _Row(BaseModel):
@@ -27,6 +37,7 @@ class _Row(BaseModel):
     accuracy_mean: float
     accuracy_std: float | None
     latency_ms: float
+    slow_layers: list[_Slow] = []
 
 
 class _Latency(BaseModel):
@@ -42,6 +53,8 @@ class _Results(BaseModel):
     latency: _Latency
     table: list[_Row]
     widths: dict[str, dict[str, int]]
+    measured: list[dict[str, Any]] = []
+    notes: list[str] = []
 
 
 def report_run(folder: str | Path) -> list[Path]:
@@ -135,7 +148,9 @@ def draw_search(result: SearchResult) -> bytes:
     axes.scatter([result.macs / 1e6], [result.score], color="#d1662b", zorder=3, label="chosen")
     axes.set_xlabel("MACs (millions)")
     axes.set_ylabel("score in the supernet (minus loss)")
-    axes.set_title(f"{result.searcher} search, budget {result.budget}: {len(result.trials)} networks judged")
+    how = "widths chosen" if result.searcher == "training" else f"{len(result.trials)} networks judged"
+    kind = "training" if result.searcher == "training" else f"{result.searcher} search"
+    axes.set_title(f"{kind}, budget {result.budget}: {how}")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
@@ -168,11 +183,16 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """Say plainly where the outcome disappoints."""
     rows = {row["network"]: row for row in results["table"]}
     dense, uniform, searched = rows["dense"], rows["uniform"], rows["searched"]
-    found = []
+    found = list(results.get("notes", []))
     if searched["latency_ms"] >= dense["latency_ms"]:
         found.append("the searched network is not faster than the dense one on this device")
-    elif dense["latency_ms"] / searched["latency_ms"] < 0.8 * dense["macs"] / searched["macs"]:
-        found.append("the speed-up is below 0.8 of the MACs ratio on this device")
+    for row in (uniform, searched):
+        if is_slow(dense["latency_ms"], row["latency_ms"], dense["macs"], row["macs"]):
+            layers = [SlowLayer(**layer) for layer in row.get("slow_layers", [])]
+            why = f"; most time beyond their work: {describe(layers)}" if layers else ""
+            found.append(
+                f"the speed-up of the {row['network']} network is below {ENOUGH} of the MACs ratio on this device{why}"
+            )
     if searched["accuracy_mean"] < uniform["accuracy_mean"]:
         found.append("the uniformly shrunk network is more accurate than the searched one")
     spread = max(r["accuracy_std"] or 0.0 for r in (uniform, searched))
@@ -187,6 +207,7 @@ def _caption(results: dict[str, Any]) -> str:
     return (
         f"accuracy: mean ± standard deviation over {n} final training{'s' if n > 1 else ''}; "
         f"latency: median forward pass, input {shape}, {results['latency']['device']}, measured in turns"
+        + "".join(f"; {phrase}" for phrase in describe_rows(results.get("measured", [])))
     )
 
 

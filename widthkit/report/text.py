@@ -13,6 +13,7 @@ from widthkit.budget import show_count
 from widthkit.graph import ChannelGraph, ChannelGroup
 from widthkit.registry import Registry
 from widthkit.search import SEARCHERS
+from widthkit.search.score_model import SCORE_MODELS
 from widthkit.strategy import STRATEGIES
 from widthkit.trace.rules import RULES
 from widthkit.version import __version__
@@ -108,7 +109,7 @@ def _general(reason: str) -> str:
 
 def plugins_text() -> None:
     """Print every plug-in on a line of its own: kind, name, first docstring line, package."""
-    registries: list[Registry[Any]] = [STRATEGIES, SEARCHERS, RULES]
+    registries: list[Registry[Any]] = [STRATEGIES, SEARCHERS, SCORE_MODELS, RULES]
     rows = [("kind", "name", "what it does", "package")]
     for registry in registries:
         for info in registry.infos():

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from widthkit.errors import DataError, OptionError
+from widthkit.search.sharing import (
+    Sharing,
+    generator_states,
+    parse_memory,
+    restore_generators,
+    same_states,
+    sharing_order,
+)
 from widthkit.supernet import Supernet
 from widthkit.train.calibrate import batch_statistics
 from widthkit.train.losses import accuracy
 from widthkit.train.modes import batch_size as count_samples
 from widthkit.train.modes import checked_device, model_device
+from widthkit.train.rng import seeded
 
 Loss = Callable[[Any, Any], Tensor]
+Batch = tuple[Any, Any, int]
+Part = tuple[float, "float | None"]
+Key = tuple[Hashable, int, int]
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,15 @@ class Evaluator:
         loss: The criterion.
         batch_size: Examples per forward pass; batch statistics want many (2,048 in the papers).
         device: Where to run; the supernet moves there. Its own device by default.
+        training: Run in training mode, for models that return their losses only then, such as detectors. What they
+            draw at random is the same for every width vector.
+        memory: Most memory for values that :meth:`many` keeps from one sub-network for the next, such as ``"2GB"``.
+        share: Whether :meth:`many` lets sub-networks share what is the same.
+
+    Attributes:
+        unshared: Why sub-networks of this model cannot share, once that is found out; they are run one by one then.
+
+        kept_bytes: The most that was ever kept.
 
     Raises:
         DataError: If the loader has no batch.
@@ -54,21 +78,38 @@ class Evaluator:
     """
 
     def __init__(
-        self, net: Supernet, loader: Iterable[Any], loss: Loss, *, batch_size: int = 2048, device: Any = None
+        self,
+        net: Supernet,
+        loader: Iterable[Any],
+        loss: Loss,
+        *,
+        batch_size: int = 2048,
+        device: Any = None,
+        training: bool = False,
+        memory: str | int = "2GB",
+        share: bool = True,
     ) -> None:
         self.net = net
+        self.training = training
         if batch_size < 1:
             raise OptionError(f"batch_size={batch_size}: it must be at least 1")
         self.loss = loss
+        self.memory = parse_memory(memory)
+        self.share = share
+        self.unshared = ""
+        self.kept_bytes = 0
         self.device = checked_device(device) or model_device(net)
         net.to(self.device)
         self.batches = _rebatch(loader, batch_size, self.device)
+        self._parts: dict[Key, Part] = {}
+        self._fractions: dict[float, Evaluator] = {}
 
     def __call__(self, widths: Mapping[str, int]) -> Judgement:
         """Judge one width vector on all its paths."""
         scores, losses, accuracies = [], [], []
-        for units in self.net.paths(widths):
-            loss, top1 = self._judge(units)
+        for path, units in enumerate(self.net.paths(widths)):
+            done = [self._parts.get((_name(widths), path, b)) for b in range(len(self.batches))]
+            loss, top1 = self._judge(units, done)
             scores.append(-loss)
             losses.append(loss)
             accuracies.append(top1)
@@ -79,23 +120,146 @@ class Evaluator:
             float(self.net.strategy.combine(known)) if known else None,
         )
 
-    def _judge(self, units: Any) -> tuple[float, float | None]:
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Flags and running statistics are put back by the scope of batch statistics around this one."""
+        if not self.training:
+            yield
+            return
+        with seeded(0):
+            self.net.model.train()
+            yield
+
+    def many(self, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement]]:
+        """Judge several width vectors, each as calling the evaluator would, but what they share is computed once.
+
+        Yields:
+            The place of a width vector in the list, and its judgement, as soon as it is known. Vectors come in the
+            order of :func:`~widthkit.search.sharing.sharing_order`; in their own if this model's runs cannot be shared.
+        """
+        left = self.order(vectors)
+        waves = self._waves([vectors[place] for place in left])
+        while left:
+            if self._shares(vectors) and not next(waves):
+                # Random numbers must be drawn in the order of the list.
+                left.sort()
+            place = left.pop(0)
+            yield place, self(vectors[place])
+            for key in [k for k in self._parts if k[0] == _name(vectors[place])]:
+                del self._parts[key]
+        self._parts.clear()
+
+    def order(self, vectors: Sequence[Mapping[str, int]]) -> list[int]:
+        """Return the places of width vectors in the order in which :meth:`many` judges them."""
+        return sharing_order(self.net, vectors) if self._shares(vectors) else list(range(len(vectors)))
+
+    def at(self, fraction: float) -> Evaluator:
+        """Return an evaluator that judges on the first examples of every batch.
+
+        Args:
+            fraction: Share of the examples, above 0 and up to 1; at least one of every batch is used.
+
+        Raises:
+            OptionError: If the fraction is out of range, or a batch is no tensor and cannot be cut.
+        """
+        if not 0 < fraction <= 1:
+            raise OptionError(f"fraction={fraction}: a share of the held-out examples above 0 and up to 1")
+        if fraction not in self._fractions:
+            part = copy.copy(self)
+            part.batches = [_cut(batch, math.ceil(fraction * batch[2])) for batch in self.batches]
+            part._parts = {}
+            self._fractions[fraction] = part
+        return self._fractions[fraction]
+
+    def _shares(self, vectors: Sequence[Any]) -> bool:
+        # A network that merges runs its branches whole, with units taken away where they are read: nothing is sliced.
+        return self.share and not self.training and not self.unshared and not self.net.merges and len(vectors) > 1
+
+    def _judge(self, units: Any, done: Sequence[Part | None] = ()) -> tuple[float, float | None]:
+        parts = [
+            (done[b] if done else None) or self._part(batch, lambda inputs: self.net.run(units, inputs))
+            for b, batch in enumerate(self.batches)
+        ]
         total, correct, seen = 0.0, 0.0, 0
-        counts = True
-        with torch.inference_mode(), batch_statistics(self.net.model):
-            for inputs, targets, n in self.batches:
-                outputs = self.net.run(units, inputs)
-                total += float(self.loss(outputs, targets)) * n
-                top1 = accuracy(outputs, targets)
-                counts = counts and top1 is not None
-                correct += (top1 or 0.0) * n
-                seen += n
-        return total / seen, correct / seen if counts else None
+        for (loss, top1), (_, _, n) in zip(parts, self.batches, strict=True):
+            total += loss * n
+            correct += (top1 or 0.0) * n
+            seen += n
+        return total / seen, correct / seen if all(top1 is not None for _, top1 in parts) else None
+
+    def _part(self, batch: Batch, run: Callable[[Any], Any]) -> Part:
+        """Return loss and accuracy on one batch."""
+        inputs, targets, _ = batch
+        with torch.inference_mode(), batch_statistics(self.net.model), self._training_mode():
+            outputs = run(inputs)
+            return float(self.loss(outputs, targets)), accuracy(outputs, targets)
+
+    def _waves(self, vectors: Sequence[Mapping[str, int]]) -> Iterator[bool]:
+        """Run vectors in order on all paths and batches; yield after every one, ``False`` if runs cannot be shared.
+
+        Where what must be kept for all batches exceeds the memory, the last ones are put off to another wave. A vector
+        that lacks them is judged when that wave has come to it.
+        """
+        sharing = Sharing(self.net, vectors, self.memory)
+        pairs = [(p, b) for p in range(max(sharing.n_paths)) for b in range(len(self.batches))]
+        done = dict.fromkeys(pairs, 0)
+        judged = 0
+        put_off = pairs
+        while put_off:
+            active, put_off = put_off, []
+            for who, widths in enumerate(vectors):
+                for path, batch in [pair for pair in active if done[pair] == who]:
+                    if path < sharing.n_paths[who] and not self._fill(sharing, who, widths, path, batch):
+                        yield False
+                        return
+                    done[path, batch] += 1
+                if sharing.crowded and len(active) > 1:
+                    put_off.append(active.pop())
+                    sharing.drop(*put_off[-1])
+                self.kept_bytes = max(self.kept_bytes, sharing.peak)
+                for _ in range(judged, min(done.values())):
+                    judged += 1
+                    yield True
+
+    def _fill(self, sharing: Sharing, who: int, widths: Mapping[str, int], path: int, batch: int) -> bool:
+        """Run one vector on one path and batch; ``False`` if that cannot be shared, and then nothing has changed."""
+        before = generator_states(self.device)
+        try:
+            part = self._part(self.batches[batch], lambda inputs: sharing.run(who, path, batch, inputs))
+            if same_states(before, generator_states(self.device)):
+                self._parts[_name(widths), path, batch] = part
+                return True
+            self.unshared = "it draws random numbers"
+        except Exception as error:
+            # Whatever it is: run plainly, the model either works or fails for its own reasons.
+            self.unshared = " ".join(f"{type(error).__name__}: {error}".split())
+        restore_generators(self.device, before)
+        return False
 
 
-def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device) -> list[tuple[Any, Any, int]]:
+def _name(widths: Mapping[str, int]) -> Hashable:
+    return tuple(sorted(widths.items()))
+
+
+def _cut(batch: Batch, n: int) -> Batch:
+    """Return the first ``n`` examples of a batch."""
+    inputs, targets, size = batch
+    if n == size:
+        return batch
+    tensors = [t for t in tree_leaves((inputs, targets)) if isinstance(t, Tensor)]
+    if not tensors or any(t.ndim == 0 or len(t) != size for t in tensors) or not _only_tensors(batch[:2]):
+        raise OptionError("these held-out batches cannot be cut; judge on all of the data, or give batches of tensors")
+    inputs, targets = tree_map_only(Tensor, lambda t: t[:n], (inputs, targets))
+    return inputs, targets, n
+
+
+def _only_tensors(tree: Any) -> bool:
+    return all(isinstance(leaf, Tensor) for leaf in tree_leaves(tree))
+
+
+def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device) -> list[Batch]:
     """Join small batches of equally shaped tensors into large ones; batches of other kinds stay as they come."""
-    batches: list[tuple[Any, Any, int]] = []
+    batches: list[Batch] = []
     pending: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for batch in loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:

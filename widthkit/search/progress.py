@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -30,6 +31,7 @@ class SearchBar:
         self._task = self._bar.add_task("search", total=1.0, text="")
         self._best = float("-inf")
         self._count = 0
+        self._diverged = 0
         self._start = time.perf_counter()
         self._last_line = self._start
 
@@ -45,9 +47,14 @@ class SearchBar:
     def __call__(self, trial: Trial, progress: float) -> None:
         """Show one more trial."""
         self._count += 1
-        self._best = max(self._best, trial.score)
+        if math.isfinite(trial.score):
+            self._best = max(self._best, trial.score)
+        else:
+            self._diverged += 1
         rate = self._count / max(time.perf_counter() - self._start, 1e-9)
         text = f"{self._count} networks, best score {self._best:.4f}, {rate:.1f}/s"
+        if self._diverged:
+            text += f", {self._diverged} without a finite loss"
         self._bar.update(self._task, completed=progress, text=text)
         if self._bar.disable and time.perf_counter() - self._last_line > _SECONDS_PER_LINE:
             self._last_line = time.perf_counter()

@@ -44,6 +44,8 @@ class SearchResult:
         full: Full width, MACs and parameters of the model as given.
         trials: Every judged width vector, in order.
         settings: What else the run was made with.
+        measured: One row per memory or latency bound: predicted and measured.
+        notes: What people should know about the result.
     """
 
     widths: dict[str, int]
@@ -57,6 +59,8 @@ class SearchResult:
     full: dict[str, Any]
     trials: list[Trial]
     settings: dict[str, Any] = field(default_factory=dict)
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def pareto(self) -> list[Trial]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class Searcher(ABC):
         rng: The only source of randomness.
     """
 
+    compares_scores: ClassVar[bool] = True
+    """Whether scores decide what is proposed or chosen; ``False`` for baselines with one proposal."""
+
     def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
         self.space = space
         self.budget = budget
@@ -35,6 +38,15 @@ class Searcher(ABC):
     @abstractmethod
     def ask(self) -> list[WidthVector]:
         """Propose the next widths to judge; an empty list when the search is done."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the held-out examples, above 0 and up to 1, on which what was asked last is to be judged.
+
+        It is read after every :meth:`ask`. Judgements on a part are told like others, but are no trials of the result:
+        scores on different parts do not compare.
+        """
+        return 1.0
 
     @abstractmethod
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:

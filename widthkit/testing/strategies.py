@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,11 @@ from torch import Tensor
 
 from widthkit.export import dense
 from widthkit.graph import IntArray
+from widthkit.search.evaluator import Evaluator
 from widthkit.strategy import StepCost, Strategy
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.testing.examples import SPACES, build_space, make_step, small_batch, small_graph, small_net
+from widthkit.train.checkpoint import load_tree, save_tree
 
 _STEPS = 200
 """A strategy that has not trained a unit after this many steps never will."""
@@ -207,7 +212,72 @@ class StrategyConformance:
             optimizer.step()
         assert all(after < b for after, b in zip(_losses(net, batch), before, strict=True))
 
+    @pytest.mark.parametrize("space", ["plain", "shrink and grow"])
+    def test_training_can_be_stored_and_continued(self, strategy: Strategy, space: str, tmp_path: Path) -> None:
+        """What a strategy learns lives in the supernet's state, goes through a checkpoint, and is all there is."""
+        first, second = build_net(strategy, space), build_net(strategy, space, seed=1)
+        for index in range(2):
+            _update(first, index)
+        save_tree(tmp_path / "state.safetensors", first.state_dict())
+        second.load_state_dict(load_tree(tmp_path / "state.safetensors"))
+        for index in range(2, 4):
+            _update(first, index)
+            _update(second, index)
+        assert first.end_epoch() == second.end_epoch()
+        ours, theirs = first.state_dict(), second.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), "keep state in net.policy"
+        for widths in some_widths(first, n=2):
+            assert _listed(first.paths(widths)) == _listed(second.paths(widths))
+
+    def test_a_copied_strategy_does_the_same(self, strategy: Strategy) -> None:
+        """A strategy is its options: one that was pickled (to another process) or built again from them is equal."""
+        fields = dataclasses.fields(strategy)  # type: ignore[arg-type]
+        options = {option.name: getattr(strategy, option.name) for option in fields}
+        for twin in (pickle.loads(pickle.dumps(strategy)), type(strategy)(**options)):
+            assert twin == strategy
+            ours, theirs = self._gradients(strategy, seed=1), self._gradients(twin, seed=1)
+            assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        assert json.loads(json.dumps(options)) == options, (
+            "options come from the command line and go into files as JSON"
+        )
+
+    def test_hooks_have_the_agreed_forms(self, strategy: Strategy) -> None:
+        """A module or nothing, units or nothing, figures that a history can hold."""
+        net = build_net(strategy)
+        net.train_step(make_step())
+        assert net.policy is None or isinstance(net.policy, torch.nn.Module)
+        assert all(isinstance(value, float) for value in net.end_epoch().values())
+        assert isinstance(strategy.for_budget("0.5x"), type(strategy))
+        chosen = net.chosen()
+        if chosen is not None:
+            # Exporting the widths must give the units that training chose.
+            widths = {name: len(units) for name, units in chosen.items()}
+            assert _listed(net.paths(widths)[:1]) == _listed([chosen])
+
     # --- judging ------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("space", ["single choice", "shrink and grow"])
+    def test_every_width_of_every_group_is_judged(self, strategy: Strategy, space: str) -> None:
+        """The evaluator gives each a finite score, the same one twice, and leaves the supernet as it was."""
+        net = build_net(strategy, space)
+        judge = Evaluator(net, [small_batch(n=16)], torch.nn.functional.cross_entropy)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        for choices in net.space.groups:
+            for width in choices.options:
+                found = judge({**net.space.smallest, choices.name: width})
+                assert math.isfinite(found.score)
+                assert found.accuracy is not None
+        assert judge(net.space.smallest) == judge(net.space.smallest)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    def test_scores_that_are_no_numbers_never_win(self, strategy: Strategy) -> None:
+        """A path that diverged spoils the result or is left out, wherever it stands among the others."""
+        net = build_net(strategy)
+        n = len(net.paths(net.space.largest))
+        assert not math.isfinite(strategy.combine([math.nan] * n))
+        results = {_shown(strategy.combine([0.5] * i + [math.nan] + [0.5] * (n - 1 - i))) for i in range(n)}
+        assert len(results) == 1, "the place of a NaN among the paths must not matter"
+        assert results <= {"nan", "-inf", _shown(0.5)}
 
     def test_scores_of_all_paths_become_one(self, strategy: Strategy) -> None:
         """Equal scores combine to that score; a better one never makes the result worse."""
@@ -237,6 +307,24 @@ def _missing(touched: Tensor, dim: int, index: IntArray) -> list[int]:
     rows = touched.movedim(dim, 0)[torch.from_numpy(index)]
     untouched: list[int] = (~rows.flatten(1).any(dim=1)).nonzero().flatten().tolist()
     return untouched
+
+
+def _update(net: Supernet, index: int) -> None:
+    """Take one step of plain gradient descent, which keeps no state of its own."""
+    net.zero_grad()
+    net.train_step(make_step(index, index=index, batch=small_batch(index)))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=0.05)
+
+
+def _listed(paths: Sequence[Mapping[str, IntArray]]) -> list[dict[str, list[int]]]:
+    return [{name: np.asarray(units).tolist() for name, units in path.items()} for path in paths]
+
+
+def _shown(score: float) -> str:
+    return f"{score:.9f}" if math.isfinite(score) else str(score)
 
 
 def _losses(net: Supernet, batch: tuple[Tensor, Tensor]) -> list[float]:

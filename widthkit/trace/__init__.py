@@ -6,21 +6,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from widthkit.clone import meta_clone, real_clone
 from widthkit.errors import ModelError, TraceError, WidthkitError
 from widthkit.graph import ChannelGraph
 from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, under
+from widthkit.trace.claims import Claim, ClaimWatch
 from widthkit.trace.context import RunState, flat_tensors
 from widthkit.trace.draft import Draft
 from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype
 from widthkit.trace.numbers import install
 from widthkit.trace.probe import probe
+from widthkit.trace.program import double_batch, with_program
 from widthkit.trace.recorder import record, to_device
 from widthkit.trace.settle import settle
-from widthkit.trace.watch import Claim, Watch
 
 __all__ = ["trace"]
 
@@ -69,7 +69,7 @@ def trace(
         for labels in first.output_labels:
             first.draft.run.store.freeze(labels, "model output; free_outputs=True lets it vary")
     first.draft.free_outputs = free_outputs
-    return probe(first.draft)
+    return with_program(first.draft, probe(first.draft))
 
 
 @dataclasses.dataclass
@@ -134,7 +134,7 @@ def _run_copy(model: nn.Module, inputs: Inputs, device: str, hollow: bool = Fals
 def watched(model: nn.Module, inputs: Inputs, run: RunState, hollow: bool = False) -> tuple[Any, list[Claim]]:
     """Run a copy with numbers for its integer attributes; return its outputs and what the numbers claim."""
     stack: list[tuple[str, nn.Module]] = []
-    watch = Watch(run, stack)
+    watch = ClaimWatch(run, stack)
     old = install(model)
     # Some models replace their buffers while they run (tables for the size of the image); the copy keeps its own.
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
@@ -155,7 +155,7 @@ def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState, hollow: b
     costs, attributes, n_calls = list(run.costs), list(run.attributes), len(run.trail)
     try:
         model.train()
-        record(model, _doubled(inputs), run, [], hollow=hollow)
+        record(model, double_batch(inputs), run, [], hollow=hollow)
         return ["some modules run in training mode only; both modes were traced"]
     except Exception:
         return []
@@ -165,12 +165,6 @@ def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState, hollow: b
         del run.trail[n_calls:]
         known = {(a.module, a.name, a.element) for a in attributes}
         run.attributes[:] = attributes + [a for a in run.attributes if (a.module, a.name, a.element) not in known]
-
-
-def _doubled(inputs: Inputs) -> Inputs:
-    """Return a batch of two, since batch norm in training mode refuses single values."""
-    twice: Inputs = tree_map_only(Tensor, lambda t: t.repeat(2, *(1,) * (t.ndim - 1)) if t.ndim else t, inputs)
-    return twice
 
 
 def _freeze_by_name(draft: Draft, freeze: Sequence[str], only: Sequence[str]) -> None:

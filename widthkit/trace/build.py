@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -127,6 +127,22 @@ def build_graph(
     cost = _cost(run, infos, units, unit, batch)
     found = _attributes(attributes, units, unit)
     return ChannelGraph(units.names, units.widths, infos, found, frozen, cost, tuple(notes))
+
+
+def affine_forms(
+    model: nn.Module, seeds: Seeds, solved: Components, graph: ChannelGraph
+) -> Callable[[Labels], IntArray]:
+    """Return a function that says how many positions of a label array remain: ``[1 + groups]``, affine in the widths.
+
+    Args:
+        model: The copy that was run.
+        seeds: The labels its tensors started with.
+        solved: Units and frozen components.
+        graph: What :func:`build_graph` made of them.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    units = _group_units(seeds, solved.unit, dict(solved.frozen), parameters)
+    return lambda labels: units.positions(solved.unit[labels]).affine(len(graph.group_names), graph.group_widths)
 
 
 def _group_units(seeds: Seeds, unit: Labels, reasons: dict[int, str], parameters: set[str]) -> _Units:

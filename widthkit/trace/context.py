@@ -55,6 +55,8 @@ class RunState:
     """Module path -> label arrays that passed through its operators, where integer attributes may count them."""
     trail: list[Call] = field(default_factory=list)
     """Every call, in order."""
+    calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
+    """Operator, arguments, keyword arguments and result of every call, in order."""
     numbers: dict[str, Any] = field(default_factory=dict)
     """Arguments of the running function that count channels, in the first run: ``groups``, ``normalized_shape``..."""
     keep: list[Any] = field(default_factory=list)

@@ -33,6 +33,7 @@ class Recorder(TorchDispatchMode):
         out = made_up(func, args, kwargs) if self.hollow and replaces(func, args, kwargs) else func(*args, **kwargs)
         tensors = flat_tensors((args, kwargs))
         self.run.keep.append((tensors, out))
+        self.run.calls.append((func, args, kwargs, out))
         self.run.used.update(id(t) for t in tensors)
         path, module = self.stack[-1]
         context = OpContext(self.run, func, args, kwargs, out, path, module)

@@ -42,7 +42,8 @@ def train(
     """Train ``net`` in place.
 
     A module with a method ``train_step(step: StepContext) -> Tensor`` (a supernet) runs its own forwards and
-    backwards; any other gets one forward and one backward per batch. Started with ``torchrun``, the processes divide
+    backwards; any other gets one forward and one backward per batch. A method ``end_epoch() -> dict[str, float]`` is
+    called after every epoch, and its figures join the history. Started with ``torchrun``, the processes divide
     each epoch of a ``DataLoader`` and average their gradients; other loaders must differ per process by themselves.
 
     The state of the user's random generators is the same afterwards, and so are all training flags. An epoch depends

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from widthkit.errors import DataError, ModelError, OptionError
 from widthkit.train import parallel
+from widthkit.train.history import WidthHistory
 from widthkit.train.losses import Loss, count_correct
 from widthkit.train.modes import batch_size, split_batch
 from widthkit.train.optim import Schedule
@@ -62,6 +63,8 @@ class Run:
         self.step: Callable[[StepContext], Tensor] = (
             net.train_step if hasattr(net, "train_step") else lambda context: plain_step(net, context)  # type: ignore[assignment]
         )
+        history = getattr(net, "width_history", None)
+        self.widths = history if isinstance(history, WidthHistory) else None
         self.done, self.updates = 0, 0
         self.history: list[dict[str, float]] = []
 
@@ -74,6 +77,7 @@ class Run:
             "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "updates": self.updates,
+            "widths": None if self.widths is None else self.widths.state_dict(),
         }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
@@ -84,6 +88,8 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.widths is not None and state.get("widths") is not None:
+            self.widths.load_state_dict(state["widths"])
         self.updates, self.done, self.history = state["updates"], stored["done"], stored["history"]
 
     def fit(
@@ -120,6 +126,8 @@ class Run:
             entry = self._epoch(bar)
         except FloatingPointError as error:
             self.net.load_state_dict(before)
+            if self.widths is not None:
+                self.widths.drop_pending()
             raise OptionError(
                 f"training diverged in epoch {self.done + 1}: {error}. The model is as the last epoch left it; "
                 f"lower lr (now {self.settings.lr:g}) or set clip_grad."
@@ -144,7 +152,11 @@ class Run:
             raise DataError(f"the loader gave no batch in epoch {self.done + 1}; pass one that can be read repeatedly.")
         parallel.average_buffers(self.net)
         _check_weights(self.parameters)
-        return _finite_figures(totals, start)
+        if self.widths is not None:
+            self.widths.end_epoch()
+        result = _finite_figures(totals, start)
+        end: Callable[[], Mapping[str, float]] | None = getattr(self.net, "end_epoch", None)
+        return {**result, **(end() if callable(end) else {})}
 
     def _update(self, batch: Any, totals: Totals) -> None:
         inputs, targets = send_to_device(split_batch(batch), self.accelerator.device)
@@ -179,7 +191,13 @@ class Run:
             backward=self.accelerator.backward,
             generator=torch.Generator().manual_seed(seed),
             amp=self.accelerator.autocast,
+            progress=self._progress(),
         )
+
+    def _progress(self) -> float:
+        length = loader_length(self.loader)
+        total = self.settings.epochs * (length or 0)
+        return min(self.updates / total, 1.0) if total else self.done / self.settings.epochs
 
 
 def _finite_figures(totals: Totals, start: float) -> dict[str, float]:

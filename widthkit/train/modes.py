@@ -37,11 +37,19 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     >>> call_model(nn.Bilinear(2, 2, 1), (torch.ones(3, 2), torch.ones(3, 2))).shape
     torch.Size([3, 1])
     """
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn a batch's inputs into positional and keyword arguments.
+
+    >>> as_arguments([1, 2]), as_arguments({"x": 1}), as_arguments("text")
+    (((1, 2), {}), ((), {'x': 1}), (('text',), {}))
+    """
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -60,14 +68,19 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def batch_size(inputs: Any) -> int:
-    """Count the samples of a batch: the length of the first tensor found in it.
+    """Count the samples of a batch: the length of the first tensor found in it, or of the first argument's list.
 
     Raises:
         DataError: If there is no tensor with at least one dimension.
 
     >>> batch_size({"pixels": torch.zeros(5, 3), "mask": None})
     5
+    >>> batch_size(([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)], ["first", "second"]))
+    2
     """
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if isinstance(parts, (tuple, list)) and parts and isinstance(parts[0], (tuple, list)):
+        return len(parts[0])  # images of different sizes, as detectors take them
     size = _first_length(inputs)
     if size is None:
         raise DataError(f"a batch of type {type(inputs).__name__} holds no tensor; return tensors from the loader.")

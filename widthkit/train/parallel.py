@@ -136,6 +136,15 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Return every process's plain value, in the order of the processes."""
+    if processes() == 1:
+        return [value]
+    gathered: list[Any] = [None] * processes()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def wait_for_all() -> None:
     """Wait until every process is here."""
     if processes() > 1:

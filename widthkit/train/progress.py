@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_COMMON = ("epoch", "loss", "accuracy", "lr", "images_per_s", "seconds")
+
 
 class TrainingBar:
     """Shows updates and epochs on standard error; silent unless asked to show anything.
@@ -56,7 +58,7 @@ class TrainingBar:
         """Show the figures of a whole epoch."""
         self.figures(entry)
         if self.plain:
-            line = f"epoch {int(entry['epoch'])}/{self.epochs}  {describe(entry)}  lr {entry['lr']:.3g}"
+            line = f"epoch {int(entry['epoch'])}/{self.epochs}  {describe(entry)}  lr {entry['lr']:.3g}{more(entry)}"
             print(f"{line}  {entry['seconds']:.1f} s", file=sys.stderr, flush=True)
 
 
@@ -70,6 +72,15 @@ def describe(entry: Mapping[str, float]) -> str:
     """
     accuracy = "" if math.isnan(entry["accuracy"]) else f"accuracy {100 * entry['accuracy']:.2f}%  "
     return f"loss {entry['loss']:.4f}  {accuracy}{entry['images_per_s']:.0f} images/s"
+
+
+def more(entry: Mapping[str, float]) -> str:
+    """Write the figures that a network added to those of every training.
+
+    >>> more({"loss": 1.0, "lr": 0.1, "policy_macs": 0.51234})
+    '  policy_macs 0.512'
+    """
+    return "".join(f"  {name} {value:.3g}" for name, value in entry.items() if name not in _COMMON)
 
 
 def _rich_bar() -> Any:

@@ -32,6 +32,8 @@ class StepContext:
             and ``index``: processes differ, a resumed run repeats.
         amp: Makes the autocast scope for forwards; a scope that does nothing in full precision.
         outputs: The step may put outputs here; the accuracy shown is theirs.
+        progress: Share of the whole run that is done before this step, in ``[0, 1)``; it grows by epochs where the
+            loader does not know its length.
     """
 
     inputs: Any
@@ -43,6 +45,7 @@ class StepContext:
     generator: torch.Generator
     amp: Callable[[], AbstractContextManager[Any]]
     outputs: Any = None
+    progress: float = 0.0
 
 
 def plain_step(net: nn.Module, step: StepContext) -> Tensor:

@@ -355,7 +355,11 @@ def execute(ctx: OpContext) -> None:
         if labels is None:
             continue
         for found, grid in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
-            if grid.size and (grid == grid.flat[0]).all() and (labels != labels[0]).any():
+            if not grid.size:
+                # As where a detector finds nothing in the example image: no label is left to say what came through.
+                ctx.freeze(labels, "reaches an operator that picks nothing from the example input")
+                continue
+            if (grid == grid.flat[0]).all() and (labels != labels[0]).any():
                 ctx.freeze(grid.flat[:1], "picks one position of this dim")
             for e, moved in enumerate(_split(ctx, grid)):
                 if moved is not None and found[e] is not None:

@@ -50,3 +50,15 @@ def grid_sample(ctx: OpContext) -> None:
     for labels in (*dims[2:], *ctx.dims(grid)[1:]):
         ctx.freeze(labels, "samples this dim by coordinates")
     ctx.set(ctx.out, (dims[0], dims[1], *(None,) * (ctx.out.ndim - 2)))
+
+
+@rule("roi_align", "roi_pool")
+def regions(ctx: OpContext) -> None:
+    """Cut boxes out of feature maps: channels pass; boxes and what they index stay."""
+    x, boxes = ctx.tensors()[:2]
+    batch, channels, *space = ctx.dims(x)
+    for labels in (batch, *space):
+        ctx.freeze(labels, "is cut into regions")
+    ctx.freeze_tensor(boxes, "says which regions to cut")
+    for out in ctx.outputs():
+        ctx.set(out, (None, channels, *(None,) * (out.ndim - 2)))

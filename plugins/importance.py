@@ -1,0 +1,100 @@
+"""One-shot importance pruning: no candidates are compared, the least important units go (torch-pruning's criteria)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from widthkit.budget import Budget
+from widthkit.errors import OptionError, close_matches
+from widthkit.importance import CRITERIA
+from widthkit.search.searcher import Searcher, WidthVector
+from widthkit.space import SearchSpace
+
+Scores = Mapping[str, npt.NDArray[np.float64]]
+
+
+class ImportanceSearcher(Searcher):
+    """One-shot pruning: the units that matter least go, over all groups (DepGraph, Fang et al. 2023).
+
+    Widths start at the narrowest choice and grow, the most important unit first, as long as the budget holds; a group
+    that cannot take its next choice any more keeps its width. One width vector is proposed, the baseline of every
+    search that judges networks.
+
+    Args:
+        space: The widths to choose from.
+        budget: What the result may cost.
+        rng: Not used.
+        criterion: ``magnitude``, ``bn-scale``, ``lamp``, ``fpgm``, ``taylor`` or ``hessian``.
+        importance: From a criterion to a score per unit; the search provides it. Without it all units count alike.
+    """
+
+    compares_scores = False
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        budget: Budget,
+        rng: np.random.Generator,
+        criterion: str = "magnitude",
+        importance: Callable[[str], Scores] | None = None,
+    ) -> None:
+        super().__init__(space, budget, rng)
+        if criterion not in CRITERIA:
+            raise OptionError(f"unknown importance criterion '{criterion}': {close_matches(criterion, CRITERIA)}")
+        self.criterion = criterion
+        self._importance = importance
+        self._told = False
+
+    def ask(self) -> list[WidthVector]:
+        """The one candidate."""
+        if self._told:
+            return []
+        even = {g.name: np.ones(g.widest) for g in self.space.groups}
+        scores = even if self._importance is None else self._importance(self.criterion)
+        return [prune(self.space, self.budget, scores)]
+
+    def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
+        """There is nothing to learn."""
+        self._told = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the candidate was judged."""
+        return {"told": self._told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore that."""
+        self._told = bool(state["told"])
+
+    @property
+    def done(self) -> bool:
+        """Whether the candidate was judged."""
+        return self._told
+
+    @property
+    def progress(self) -> float:
+        """0 or 1."""
+        return float(self._told)
+
+
+def prune(space: SearchSpace, budget: Budget, scores: Scores) -> WidthVector:
+    """Return the widths that one global ranking of units leaves inside a budget.
+
+    A choice of c units is worth the score of the c-th best unit of its group: above that threshold there are c.
+    """
+    steps = []
+    for index, g in enumerate(space.groups):
+        best = np.sort(np.asarray(scores[g.name], dtype=np.float64))[::-1]
+        steps += [(-best[option - 1], option / g.widest, index, option) for option in g.options[1:]]
+    widths, full = dict(space.smallest), set()
+    for _, _, index, option in sorted(steps):
+        name = space.groups[index].name
+        wider = {**widths, name: option}
+        if name in full or not budget.fits(space.graph, wider):
+            full.add(name)
+        else:
+            widths = wider
+    return widths

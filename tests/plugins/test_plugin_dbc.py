@@ -1,0 +1,264 @@
+"""Binary gates against Pruning-as-Search: gradients, recovery, the MACs term, networks that come out of training."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from widthkit_plugins.dbc import DepthwiseBinary
+from widthkit_plugins.dbc_policy import ExactMacs
+
+import widthkit as wk
+from widthkit.errors import BudgetError, CheckpointError, OptionError
+from widthkit.search import SearchResult
+from widthkit.testing import StrategyConformance, make_step, small_batch
+from widthkit.testing.examples import small_graph, small_net
+
+
+class TestDepthwiseBinary(StrategyConformance):
+    @pytest.fixture(params=[{}, {"target": "0.7x", "beta": 0.0}], ids=str)
+    def strategy(self, request):
+        return DepthwiseBinary(**request.param)
+
+
+def make(**options):
+    return wk.make_supernet(small_net(), DepthwiseBinary(**options), graph=small_graph())
+
+
+def close(net, group, *units):
+    """Close the gates of some units."""
+    with torch.no_grad():
+        for unit in units:
+            net.policy.gates[net.policy._slices[group].start + unit] = 0.45
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def test_gates_are_binary_with_straight_through_gradients():
+    # Eq. 2.
+    policy = make().policy
+    with torch.no_grad():
+        policy.gates[:4] = torch.tensor([0.5, 0.51, -3.0, 7.0])
+    bits = policy.bits()
+    assert bits[:4].tolist() == [0, 1, 0, 1]
+    assert set(bits.tolist()) == {0.0, 1.0}
+    weights = torch.arange(len(bits), dtype=torch.float32)
+    (bits * weights).sum().backward()
+    torch.testing.assert_close(policy.gates.grad, weights)
+
+
+def test_every_group_keeps_its_largest_gate():
+    net = make()
+    with torch.no_grad():
+        net.policy.gates.uniform_(-1, 0.4, generator=torch.Generator().manual_seed(0))
+    bits = net.policy.bits().detach()
+    for where in net.policy._slices.values():
+        assert bits[where].sum() == 1
+        assert bits[where].argmax() == net.policy.gates[where].argmax()
+
+
+def test_the_cost_is_the_exact_polynomial_with_its_gradient():
+    graph = small_graph()
+    polynomial = graph.cost.macs_polynomial
+    widths = torch.arange(2.0, 2.0 + len(graph.group_names), dtype=torch.float64, requires_grad=True)
+    assert ExactMacs.apply(widths, polynomial).item() == graph.macs(widths.detach().numpy().astype(int))
+    assert torch.autograd.gradcheck(lambda w: ExactMacs.apply(w, polynomial), (widths,), rtol=1e-6)
+
+
+def test_the_loss_is_the_task_plus_the_squared_excess():
+    # Eq. 4 and 5, by hand: the gates' gradient is the task's plus 2 beta (M - T) / D * dM/dw / D.
+    grads = []
+    for beta in (0.0, 10.0):
+        net = make(beta=beta)
+        net.train_step(make_step())
+        grads.append(net.policy.gates.grad.clone())
+    graph, difference = net.graph, grads[1] - grads[0]
+    slope = graph.sensitivity() * 2 * 10.0 * (graph.macs() - net.policy.target) / graph.macs() ** 2
+    expected = np.repeat(slope, graph.group_widths)
+    torch.testing.assert_close(difference.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_open_and_closed_gates_are_the_derivatives_of_the_loss():
+    # Against finite differences of a gate's factor, in float64.
+    net = make(beta=0.0)
+    group = net.graph.group_names[1]
+    close(net, group, 0, 3)
+    labels = small_batch()[1]
+    net.train_step(make_step())
+    bits, where = net.policy.bits().detach().double(), net.policy._slices[group]
+    for unit in (where.start, where.start + 1, where.start + 3):
+        losses = []
+        for shift in (-1e-5, 1e-5):
+            moved = bits.clone()
+            moved[unit] += shift
+            with torch.no_grad():
+                losses.append(float(F.cross_entropy(net.forward_gated(moved, make_step()), labels)))
+        slope = (losses[1] - losses[0]) / 2e-5
+        assert float(net.policy.gates.grad[unit]) == pytest.approx(slope, rel=1e-3, abs=1e-7)
+        assert slope != 0
+
+
+def test_closed_units_keep_their_weights_bit_by_bit_and_come_back():
+    net = make(beta=0.0)
+    group = net.graph.group_names[1]
+    close(net, group, 0, 1, 2, 3, 4, 5)
+    before = {name: p.detach().clone() for name, p in net.model.named_parameters()}
+    weights = {"params": list(net.model.parameters()), "lr": 0.02}
+    optimizer = torch.optim.SGD([weights, {"params": [net.policy.gates], "lr": 1.0}])
+    where, gone = net.policy._slices[group], set(range(6))
+    batch = small_batch(n=32)
+    for index in range(200):
+        optimizer.zero_grad()
+        net.train_step(make_step(index, index=index, batch=batch))
+        optimizer.step()
+        back = {u for u in gone if net.policy.gates[where.start + u] > 0.5}
+        if back:
+            break
+        # Nothing that belongs to a closed unit has moved.
+        for site in net.graph.groups[group].sites:
+            own, old = net.model.state_dict()[site.tensor], before.get(site.tensor)
+            if old is not None:
+                rows = torch.from_numpy(site.index[sorted(gone)].ravel())
+                assert torch.equal(own.index_select(site.dim, rows), old.index_select(site.dim, rows))
+    assert back, "no gate came back"
+    assert net.policy.bits()[where][sorted(back)].tolist() == [1] * len(back)
+
+
+# --- what a closed gate does is what dropping the unit does -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_035", "densenet121", "mobilenetv3_small_050"])
+def test_the_gated_network_is_the_exported_one(name):
+    # Biases, sigmoid(0) = 1/2 of squeeze-and-excitation, hard-swish and concatenation included; float64.
+    torch.manual_seed(0)
+    fewer = {"block_config": (2, 2, 2, 2)} if name == "densenet121" else {}
+    model = timm.create_model(name, num_classes=5, **fewer)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+    net = wk.make_supernet(model.double().eval(), "dbc", example_inputs=torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        net.policy.gates.uniform_(0, 1, generator=generator)
+    kept = {name: np.flatnonzero(net.policy.bits().detach()[s].numpy()) for name, s in net.policy._slices.items()}
+    x = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        gated = net.forward_gated(net.policy.bits(), make_step(batch=(x, None)))
+        exported = wk.export(net, kept)(x)
+        whole = net.model(x)
+    torch.testing.assert_close(gated, exported, rtol=0, atol=1e-9)
+    assert (gated - whole).abs().max() > 1e-6
+
+
+# --- widths out of training -------------------------------------------------------------------------------------------
+
+
+def trained(target, epochs=6, out=None, resume=False, **options):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=4, stem_type="", stem_width=16, channels=(16, 24, 32, 48))
+    net = wk.make_supernet(model, "dbc", target=target, example_inputs=(1, 3, 16, 16), **options)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 16, 16, generator=generator)
+    labels = (images[:, 0].mean((1, 2)) > 0).long() + 2 * (images[:, 1].mean((1, 2)) > 0).long()
+    batches = list(zip(images.split(16), labels.split(16), strict=True)) * 2
+    run = {"lr": 0.1, "device": "cpu", "progress": False, "out": out, "resume": resume}
+    return net, wk.train(net, batches, epochs, **run), batches
+
+
+@pytest.mark.parametrize("target", [0.35, 0.6])
+def test_widths_come_out_of_training_within_one_percent(target):
+    net, result, batches = trained(f"{target}x")
+    units = net.chosen()
+    widths = {name: len(u) for name, u in units.items()}
+    assert 0.99 * target <= net.graph.macs(widths) / net.graph.macs() <= target
+    assert min(widths.values()) >= 1
+    # The gates themselves got there by training, not by the last adjustment: they started at 1.
+    shares = [entry["policy_macs"] for entry in result.history]
+    assert all(abs(share - target) < 0.12 for share in shares[2:])
+    assert result.history[0]["policy_flipped"] > 0
+    assert result.history[-1]["policy_flipped"] == 0
+    found = wk.search(net, batches, f"{target}x", progress=False)
+    assert found.widths == widths
+    assert found.settings["units"] == {name: u.tolist() for name, u in units.items()}
+    assert (len(found.trials), found.searcher) == (1, "training")
+    # By widths or by units, it is the same network.
+    x = batches[0][0]
+    a, b = (wk.export(net, kept).eval() for kept in (found.widths, units))
+    assert torch.equal(a(x), b(x))
+    with pytest.raises(BudgetError, match="train again for this budget"):
+        wk.search(net, batches, f"{target / 2}x", progress=False)
+
+
+def test_the_policy_survives_an_interruption(tmp_path):
+    whole, _, _ = trained("0.5x", epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        stop_after(2, tmp_path)
+    again, result, _ = trained("0.5x", epochs=4, out=tmp_path, resume=True)
+    assert torch.equal(again.policy.gates, whole.policy.gates)
+    assert torch.equal(again.policy.kept, whole.policy.kept)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    assert [entry["epoch"] for entry in result.history] == [1, 2, 3, 4]
+    assert "policy_macs" in result.history[0]
+    with pytest.raises(CheckpointError, match="target"):
+        trained("0.4x", epochs=4, out=tmp_path, resume=True)
+
+
+def stop_after(epoch, out):
+    original = wk.Supernet.end_epoch
+    done = []
+
+    def end_epoch(self):
+        done.append(None)
+        if len(done) > epoch:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wk.Supernet, "end_epoch", end_epoch)
+        trained("0.5x", epochs=4, out=out)
+
+
+def test_a_result_with_units_can_be_saved(tmp_path):
+    net, _, batches = trained("0.5x", epochs=1)
+    found = wk.search(net, batches, "0.5x", out=tmp_path, progress=False)
+    assert SearchResult.load(tmp_path / "search.json").settings["units"] == found.settings["units"]
+
+
+def test_fixed_and_narrowed_groups_have_no_say():
+    names = small_graph().group_names
+    net = wk.make_supernet(
+        small_net(), "dbc", graph=small_graph(), fixed={names[0]: 3}, max_width="0.75x", target="0.3x"
+    )
+    units = net.chosen()
+    assert units[names[0]].tolist() == [0, 1, 2]
+    for g in net.space.groups:
+        assert len(units[g.name]) <= g.widest
+        assert units[g.name].max() < g.widest
+    net.train_step(make_step())
+    assert (net.policy.gates.grad[net.policy._slices[names[0]]] == 0).all()
+
+
+def test_an_untrained_policy_shrinks_all_groups_alike():
+    net = make(target="0.4x")
+    shares = [len(units) / net.graph.full[name] for name, units in net.chosen().items()]
+    assert max(shares) - min(shares) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"target": "0.0001x"}, BudgetError, "below one unit per group"),
+        ({"target": "1Mparams"}, OptionError, "nothing about MACs"),
+        ({"target": 0.5}, OptionError, "target=0.5"),
+        ({"beta": -1.0}, OptionError, "beta"),
+        ({"start": 0.5}, OptionError, "start"),
+        ({"settle": 2.0}, OptionError, "settle"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(options, error, text):
+    with pytest.raises(error, match=text):
+        make(**options)

@@ -1,0 +1,77 @@
+"""Every export format on several models: does it come out, how far off is it, how long does it take."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from widthkit.bench.files import write
+from widthkit.errors import ExportError
+from widthkit.export import export, save
+from widthkit.models import create_model
+from widthkit.supernet import make_supernet
+from widthkit.train import recalibrate
+
+DEFAULT = (
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v2",
+    "timm/efficientnet_b0",
+    "torchvision/densenet121",
+    "timm/convnext_atto",
+    "timm/vit_tiny_patch16_224",
+)
+FORMATS = ("safetensors", "pt2", "onnx", "aoti")
+
+
+def run(models: list[str], formats: list[str], dtype: str | None, size: int, device: str, out: Path | None) -> None:
+    """Halve every width of every model, export it in every format, and print the largest difference."""
+    console = Console()
+    rows = []
+    for name in models:
+        slim = half(name, size)
+        for format_ in formats:
+            row = {"model": name, **measure(slim, format_, dtype, size, device)}
+            rows.append(row)
+            said = row.get("error") or f"{row['relative']:.1e} of the largest output, {row['seconds']:.1f} s"
+            console.print(f"{name} {format_}: {said}", highlight=False, soft_wrap=True)
+            write(out, "formats", rows, device, dtype=dtype or "fp32", size=size)
+
+
+def half(name: str, size: int) -> nn.Module:
+    """Return a model at half of every width, its batch norms recalibrated on noise so that outputs are not tiny."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"img_size": size} if "vit" in name else {}
+    dense = create_model(name, num_classes=10, **options)
+    net = make_supernet(dense, "ua", example_inputs=(1, 3, size, size))
+    slim = export(net, {g.name: max(1, g.width // 2) for g in net.space.groups})
+    recalibrate(slim, [(torch.randn(16, 3, size, size), None)])
+    return slim.eval()
+
+
+def measure(slim: nn.Module, format_: str, dtype: str | None, size: int, device: str) -> dict[str, Any]:
+    """Export one network in one format; the row says how far the file is from the network."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path, *_ = save(
+                slim,
+                Path(folder) / "slim",
+                formats=[format_],
+                example_inputs=(2, 3, size, size),
+                dtype=dtype,
+                device=device,
+                say=None,
+            )
+        except ExportError as error:
+            return {"format": format_, "error": str(error)}
+        record = json.loads(path.with_name(path.name + ".json").read_text())
+        relative = max(c["largest_difference"] / c["largest_output"] for c in record["checks"])
+        found = {"format": format_, "relative": relative, "allowed": record["checks"][0]["tolerance"]}
+        return {**found, "bytes": path.stat().st_size, "seconds": time.perf_counter() - start}

@@ -1,0 +1,158 @@
+"""Which layers keep a slim network from being as fast as its MACs promise."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ENOUGH = 0.8
+"""A network is marked when its speed-up is below this share of its MACs ratio."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one module without children costs in one forward pass.
+
+    Args:
+        ms: Median time of its calls.
+        macs: Multiply-adds of a convolution or linear layer; 0 otherwise.
+        elements: Numbers that it returns.
+    """
+
+    ms: float
+    macs: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class SlowLayer:
+    """A layer whose time did not shrink as much as its work.
+
+    Args:
+        name: Path of the module.
+        dense_ms: Its time in the dense network.
+        slim_ms: Its time in the slim network.
+        work: Its work in the slim network over that in the dense one: MACs, or numbers written where there are none.
+        excess_ms: What it takes beyond ``work * dense_ms``.
+    """
+
+    name: str
+    dense_ms: float
+    slim_ms: float
+    work: float
+    excess_ms: float
+
+    def record(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+def is_slow(dense_ms: float, slim_ms: float, dense_macs: int, slim_macs: int) -> bool:
+    """Whether a network's speed-up is below 0.8 of its MACs ratio.
+
+    >>> is_slow(10.0, 6.0, 200, 100), is_slow(10.0, 6.5, 200, 100)
+    (False, True)
+    """
+    return dense_ms / slim_ms < ENOUGH * dense_macs / slim_macs
+
+
+def time_layers(net: nn.Module, x: Tensor, *, repeats: int = 7, warmup: int = 2) -> dict[str, Layer]:
+    """Time every module without children in eager forward passes.
+
+    Args:
+        net: The network, in eval mode, on the device of ``x``.
+        x: A batch of images.
+        repeats: Timed passes; medians are returned.
+        warmup: Passes before that.
+    """
+    seen: dict[str, list[Any]] = {}
+    work: dict[str, tuple[int, int]] = {}
+    started: dict[str, Any] = {}
+    now = _event if x.is_cuda else time.perf_counter
+    hooks = []
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            started[name] = now()
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, result: Any) -> None:
+            seen.setdefault(name, []).append((started[name], now()))
+            work[name] = _work(module, result)
+
+        return hook
+
+    try:
+        for name, module in net.named_modules():
+            if not any(True for _ in module.children()):
+                hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+        with torch.inference_mode():
+            for round_ in range(warmup + repeats):
+                if round_ == warmup:
+                    seen.clear()
+                net(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: Layer(_median(pairs, repeats), *work[name]) for name, pairs in seen.items()}
+
+
+def slow_layers(dense: Mapping[str, Layer], slim: Mapping[str, Layer], most: int = 5) -> list[SlowLayer]:
+    """List the layers that take longest beyond their share of the work, worst first.
+
+    >>> slow_layers({"a": Layer(4.0, 100, 10), "b": Layer(2.0, 0, 10)}, {"a": Layer(3.5, 50, 5), "b": Layer(1.0, 0, 5)})
+    [SlowLayer(name='a', dense_ms=4.0, slim_ms=3.5, work=0.5, excess_ms=1.5)]
+    """
+    found = []
+    for name in dense.keys() & slim.keys():
+        a, b = dense[name], slim[name]
+        work = b.macs / a.macs if a.macs else b.elements / max(a.elements, 1)
+        excess = b.ms - work * a.ms
+        if excess > 0:
+            found.append(SlowLayer(name, a.ms, b.ms, work, excess))
+    return sorted(found, key=lambda layer: (-layer.excess_ms, layer.name))[:most]
+
+
+def describe(layers: list[SlowLayer]) -> str:
+    """Return one line for people.
+
+    >>> describe([SlowLayer("layer1.0.bn1", 2.0, 1.8, 0.5, 0.8)])
+    'layer1.0.bn1 (2.00 -> 1.80 ms at 50% of its work)'
+    """
+    return ", ".join(f"{s.name} ({s.dense_ms:.2f} -> {s.slim_ms:.2f} ms at {s.work:.0%} of its work)" for s in layers)
+
+
+def _event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _median(pairs: list[Any], repeats: int) -> float:
+    """Median over passes; a module that is called several times per pass counts all its calls."""
+    times = [a.elapsed_time(b) if hasattr(a, "elapsed_time") else 1000 * (b - a) for a, b in pairs]
+    calls = max(1, len(times) // repeats)
+    return float(statistics.median(sum(times[i : i + calls]) for i in range(0, len(times), calls)))
+
+
+def _work(module: nn.Module, result: Any) -> tuple[int, int]:
+    elements = result.numel() if isinstance(result, Tensor) else 0
+    weight = getattr(module, "weight", None)
+    if not isinstance(result, Tensor) or not isinstance(weight, Tensor) or weight.ndim < 2:
+        return 0, elements
+    if isinstance(module, nn.Linear):
+        return weight.numel() * (elements // result.shape[-1]), elements
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return weight.numel() * result.shape[0] * math.prod(result.shape[2:]), elements
+    return 0, elements

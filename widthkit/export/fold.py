@@ -1,0 +1,105 @@
+"""Fold batch norms into the convolutions before them, by torch's own fuser, in models of any shape.
+
+Which batch norm follows which convolution is read off the exported graph, not guessed from names: a pair is folded
+where the convolution's output goes to that batch norm alone and neither module is used twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d
+from torch import nn
+from torch.fx import Node
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from widthkit.clone import real_clone
+from widthkit.errors import ExportError
+from widthkit.export.check import call_arguments, usable_inputs
+from widthkit.trace.inputs import Inputs
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fold_batchnorm(net: nn.Module, example_inputs: Any = None) -> tuple[nn.Module, int]:
+    """Return a copy in eval mode with every batch norm that follows a convolution folded into it.
+
+    Args:
+        net: Any network that ``torch.export`` can read; it stays as it is.
+        example_inputs: As in :func:`widthkit.trace`.
+
+    Returns:
+        The copy, and how many batch norms are gone. Batch norms that stand before a convolution (DenseNet's) stay.
+
+    Raises:
+        ExportError: If ``torch.export`` cannot read the network.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    >>> fold_batchnorm(net, (2, 3, 8, 8))
+    (Sequential(
+      (0): Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+      (1): Identity()
+      (2): ReLU()
+    ), 1)
+    """
+    folded = real_clone(net).eval()
+    pairs = foldable(folded, usable_inputs(net, example_inputs))
+    for conv_path, norm_path in pairs:
+        conv, norm = folded.get_submodule(conv_path), folded.get_submodule(norm_path)
+        fused: Any = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, _TRANSPOSED))  # type: ignore[type-var, arg-type]
+        folded.set_submodule(conv_path, fused)
+        folded.set_submodule(norm_path, _rest(norm))
+    return folded, len(pairs)
+
+
+def foldable(net: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
+    """List ``(path of a convolution, path of the batch norm that alone reads it)``, in the order of the run."""
+    args, kwargs = call_arguments(inputs)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(net, args, kwargs)
+    except Exception as error:
+        why = " ".join(str(error).split())[:160]
+        raise ExportError(f"torch.export cannot read {type(net).__name__}, so nothing can be folded ({why})") from error
+    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    paths = dict(net.named_modules())
+    # A tensor with two names is used by two modules even where the graph shows one input.
+    owners = Counter(id(t) for _, t in net.named_parameters(remove_duplicate=False))
+    found = []
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.batch_norm.default or not isinstance(node.args[0], Node):
+            continue
+        conv_node = node.args[0]
+        if "conv" not in str(conv_node.target) or len(conv_node.users) != 1:
+            continue
+        conv_path, norm_path = _owner(conv_node.args[1], names), _owner(node.args[3], names)
+        if conv_path is None or norm_path is None:
+            continue
+        conv, norm = paths[conv_path], paths[norm_path]
+        alone = owners[id(conv.weight)] == 1 and all(owners[id(p)] == 1 for p in norm.parameters(recurse=False))
+        if alone and type(norm) in (*_NORMS, BatchNormAct2d) and _foldable_conv(conv):
+            found.append((conv_path, norm_path))
+    return found
+
+
+def _foldable_conv(module: nn.Module) -> bool:
+    if isinstance(module, _TRANSPOSED):
+        # The fuser scales dim 1, which holds the outputs of one group only.
+        return module.groups == 1
+    return isinstance(module, _CONVS)
+
+
+def _owner(node: Any, names: dict[str, str]) -> str | None:
+    """Return the module whose own tensor a node is, if nothing else reads that tensor."""
+    if not isinstance(node, Node) or node.name not in names or len(node.users) != 1:
+        return None
+    return names[node.name].rpartition(".")[0]
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What a batch norm's module does beside normalising."""
+    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()

@@ -1,0 +1,113 @@
+"""Judge the width vectors of one round, over all processes that were launched together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from widthkit.errors import DataError, ModelError
+from widthkit.search.evaluator import Judgement
+from widthkit.train.modes import checked_device
+from widthkit.train.parallel import accelerator_scope, process_index, processes
+
+T = TypeVar("T")
+
+
+def judge_round(judge: Any, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement]]:
+    """Judge width vectors; every process takes its share, and all hear of every judgement.
+
+    Args:
+        judge: Gives a width vector's judgement; if it has a method ``many``
+            (:meth:`~widthkit.search.evaluator.Evaluator.many`), that judges them together.
+        vectors: The same list on every process.
+
+    Yields:
+        The place of a vector in the list and its judgement, as soon as it is known, in the same order for any number of
+        processes.
+
+    Raises:
+        ModelError: If judging failed on another process.
+    """
+    n = processes()
+    order = judge.order(vectors) if hasattr(judge, "order") else list(range(len(vectors)))
+    # Neighbours in this order share the most and cost about the same, so nobody waits for long.
+    mine = order[process_index() :: n]
+    own = _judged(judge, vectors, mine)
+    if n == 1:
+        yield from own
+        return
+    for _ in range(-(-len(vectors) // n)):
+        for found in _gathered(lambda: next(own, None)):
+            if found is not None:
+                yield found
+
+
+def _judged(judge: Any, vectors: Sequence[Mapping[str, int]], mine: Sequence[int]) -> Iterator[tuple[int, Judgement]]:
+    if hasattr(judge, "many"):
+        for place, judgement in judge.many([vectors[i] for i in mine]):
+            yield mine[place], judgement
+    else:
+        for i in mine:
+            yield i, judge(vectors[i])
+
+
+def _gathered(work: Callable[[], T]) -> list[T]:
+    """Do something on every process and return what all of them got, in order of the processes."""
+    error: Exception | None = None
+    answer: Any = None
+    try:
+        answer = work()
+    except Exception as caught:
+        error = caught
+    answers: list[Any] = [None] * processes()
+    dist.all_gather_object(answers, (answer, None if error is None else " ".join(f"{error}".split())))
+    if error is not None:
+        raise error
+    for index, (_, failure) in enumerate(answers):
+        if failure is not None:
+            raise ModelError(f"process {index} failed: {failure}")
+    return [found for found, _ in answers]
+
+
+@contextmanager
+def launched(device: Any) -> Iterator[Any]:
+    """Join the processes that ``torchrun`` or ``accelerate launch`` started, if any; yields the device to use."""
+    if processes() == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    with accelerator_scope("no", checked_device(device)) as accelerator:
+        yield accelerator.device
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """Return what process 0 gets from ``work``, which the others do not call.
+
+    Raises:
+        Exception: What it raises, on every process.
+    """
+    if processes() == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    if process_index() == 0:
+        try:
+            answer[0] = work()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, 0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def check_same(identity: str) -> None:
+    """Refuse to search where processes hold different supernets or data.
+
+    Raises:
+        DataError: If they do.
+    """
+    if processes() > 1 and len(set(_gathered(lambda: identity))) > 1:
+        raise DataError("the processes hold different held-out data; give all of them the same loader, unsharded")
