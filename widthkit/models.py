@@ -30,8 +30,11 @@ class ModelName:
         """Build the model; see :func:`create_model`."""
         return create_model(self.name, **self.kwargs)
 
-    def outline(self) -> nn.Module:
+    def outline(self, most: int | None = None) -> nn.Module:
         """Build the model without memory for its weights and without drawing random numbers.
+
+        Args:
+            most: Where the layout needs real tensors, refuse to make one of more numbers than this.
 
         Raises:
             ModelError: As :meth:`build`.
@@ -45,25 +48,40 @@ class ModelName:
                     return self.build()
             except ModelError:
                 # Some models compute their layout with tensors, which must be real then.
-                with _EmptyOnMeta():
+                with _EmptyOnMeta(most):
                     return self.build()
 
-    def hollow(self) -> nn.Module:
+    def hollow(self, most: int | None = None) -> nn.Module:
         """Build the model with its weights on the meta device and everything that was computed in place.
 
         Raises:
             ModelError: As :meth:`build`.
         """
-        with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+        with torch.random.fork_rng(devices=[]), _EmptyOnMeta(most):
             return self.build()
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Puts only what nobody has filled yet, the weights of layers, on the meta device."""
+    """Puts only what nobody has filled yet, the weights of layers, on the meta device.
+
+    Args:
+        most: Refuse to make a real tensor of more numbers than this.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self._most = most
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._most is not None and func in _MAKERS:
+            size = func(*args, **{**kwargs, "device": "meta"}).numel()
+            if size > self._most:
+                raise ModelError(f"the model computes a tensor of {size} numbers, more than its file can need")
         return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
+
+
+_MAKERS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye)
 
 
 def create_model(name: str, *, pretrained: bool = False, merged: bool = False, **kwargs: Any) -> nn.Module:

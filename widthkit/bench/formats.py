@@ -35,27 +35,29 @@ def run(models: list[str], formats: list[str], dtype: str | None, size: int, dev
     console = Console()
     rows = []
     for name in models:
-        slim = half(name, size)
+        options: dict[str, Any] = {"num_classes": 10, **({"img_size": size} if "vit" in name else {})}
+        slim = half(name, size, options)
         for format_ in formats:
-            row = {"model": name, **measure(slim, format_, dtype, size, device)}
+            row = {"model": name, **measure(slim, format_, dtype, size, device, name, options)}
             rows.append(row)
             said = row.get("error") or f"{row['relative']:.1e} of the largest output, {row['seconds']:.1f} s"
             console.print(f"{name} {format_}: {said}", highlight=False, soft_wrap=True)
             write(out, "formats", rows, device, dtype=dtype or "fp32", size=size)
 
 
-def half(name: str, size: int) -> nn.Module:
+def half(name: str, size: int, options: dict[str, Any]) -> nn.Module:
     """Return a model at half of every width, its batch norms recalibrated on noise so that outputs are not tiny."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"img_size": size} if "vit" in name else {}
-    dense = create_model(name, num_classes=10, **options)
+    dense = create_model(name, **options)
     net = make_supernet(dense, "ua", example_inputs=(1, 3, size, size))
     slim = export(net, {g.name: max(1, g.width // 2) for g in net.space.groups})
     recalibrate(slim, [(torch.randn(16, 3, size, size), None)])
     return slim.eval()
 
 
-def measure(slim: nn.Module, format_: str, dtype: str | None, size: int, device: str) -> dict[str, Any]:
+def measure(
+    slim: nn.Module, format_: str, dtype: str | None, size: int, device: str, model: str, options: dict[str, Any]
+) -> dict[str, Any]:
     """Export one network in one format; the row says how far the file is from the network."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +66,8 @@ def measure(slim: nn.Module, format_: str, dtype: str | None, size: int, device:
                 slim,
                 Path(folder) / "slim",
                 formats=[format_],
+                model=model,
+                kwargs=options,
                 example_inputs=(2, 3, size, size),
                 dtype=dtype,
                 device=device,

@@ -52,17 +52,18 @@ def rebuild(record: SlimFile, tensors: Mapping[str, Tensor], weights: Path, reci
     """
     name = ModelName(record.model.name, record.model.kwargs)
     _refuse_fetching(name, recipe)
-    outline = _build(name, record, recipe, hollow=False)
+    stored = {n: tuple(t.shape) for n, t in tensors.items()}
+    most = _SPARE + 16 * sum(math.prod(shape) for shape in stored.values())
+    outline = _build(name, record, recipe, most, hollow=False)
     described = Dense.of(outline)
     if structure_hash(described.structure) != record.dense_structure:
         raise SlimFileError(f"{recipe}: {name.name} has another structure in this version of its library")
-    stored = {n: tuple(t.shape) for n, t in tensors.items()}
     try:
         shapes = {n: tuple(t.shape) for n, t in named_tensors(outline).items()}
         plan = decode_plan(record, shapes, stored)
         check_shapes(outline, plan)
-        _check_sizes(outline, plan, stored)
-        slim = apply_plan(_build(name, record, recipe, hollow=True), plan, initialise=False)
+        _check_sizes(outline, plan, stored, most)
+        slim = apply_plan(_build(name, record, recipe, most, hollow=True), plan, initialise=False)
     except (WidthsError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise SlimFileError(f"{recipe}: the plan does not fit {name.name}: {_line(error)}") from error
     if structure_hash(structure(slim)) != record.slim_structure:
@@ -80,10 +81,10 @@ def _refuse_fetching(name: ModelName, recipe: Path) -> None:
         raise SlimFileError(f"{recipe} passes {bad[0]}= to {name.name}; a slim file may not make a factory fetch files")
 
 
-def _build(name: ModelName, record: SlimFile, recipe: Path, *, hollow: bool) -> nn.Module:
+def _build(name: ModelName, record: SlimFile, recipe: Path, most: int, *, hollow: bool) -> nn.Module:
     try:
         with _at_most(4 * len(record.plan.shapes) + 200):
-            return name.hollow() if hollow else name.outline()
+            return name.hollow(most) if hollow else name.outline(most)
     except (ModelError, MemoryError, RecursionError, OverflowError) as error:
         raise SlimFileError(f"{recipe}: {_line(error)}") from error
 
@@ -106,7 +107,7 @@ def _at_most(parameters: int) -> Iterator[None]:
         handle.remove()
 
 
-def _check_sizes(outline: nn.Module, plan: Plan, stored: Mapping[str, tuple[int, ...]]) -> None:
+def _check_sizes(outline: nn.Module, plan: Plan, stored: Mapping[str, tuple[int, ...]], most: int) -> None:
     """Compare every planned shape with the weights file; what the file lacks must be small.
 
     Raises:
@@ -123,8 +124,7 @@ def _check_sizes(outline: nn.Module, plan: Plan, stored: Mapping[str, tuple[int,
             raise ValueError(f"'{name}' would have shape {shape}, the weights file holds {held}")
         if name not in parameters:
             computed += math.prod(tensor.shape)
-    spare = _SPARE + 16 * sum(math.prod(shape) for shape in stored.values())
-    if computed > spare:
+    if computed > most:
         raise ValueError(f"the model computes {computed} constants, more than a file of this size can need")
 
 
