@@ -189,15 +189,19 @@ def _make_repair(space: SearchSpace, budget: Budget, rng: np.random.Generator, t
 
     options = [np.array(g.options) for g in space.groups]
 
+    def outside(genes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        widths = np.stack([o[column] for o, column in zip(options, genes.T, strict=True)], axis=1)
+        return np.asarray((np.asarray(budget.usage(space.graph, widths)) > 1) & genes.any(axis=1))
+
     class Inside(Repair):  # type: ignore[misc]
         def _do(self, problem: Any, x: FloatArray, **_: Any) -> FloatArray:
             genes = np.clip(np.rint(x), 0, top).astype(np.int64)
-            for row in genes:
-                while (
-                    row.any()
-                    and budget.usage(space.graph, np.array([o[g] for o, g in zip(options, row, strict=True)])) > 1
-                ):
-                    row[int(rng.choice(np.flatnonzero(row)))] -= 1
+            # All children take a step at a time: a price may be dear, and many at once cost little more than one.
+            rows = np.flatnonzero(outside(genes))
+            while len(rows):
+                for row in rows:
+                    genes[row, int(rng.choice(np.flatnonzero(genes[row])))] -= 1
+                rows = rows[outside(genes[rows])]
             return genes.astype(np.float64)
 
     return Inside()

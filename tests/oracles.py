@@ -33,6 +33,8 @@ def run(model: nn.Module, x: Any) -> list[Tensor]:
 def flat(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    if value is None or isinstance(value, (int, float, str)):
+        return []
     items = value.values() if isinstance(value, Mapping) else value
     return [t for item in items for t in flat(item)]
 

@@ -81,13 +81,17 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and positions of one parameter or buffer; ``dims[d]`` is ``None`` where nothing can be dropped."""
+    """Shape and positions of one parameter or buffer; ``dims[d]`` is ``None`` where nothing can be dropped.
+
+    ``transposed`` says that dim 0 of a weight is what it reads and dim 1 what it writes.
+    """
 
     name: str
     shape: tuple[int, ...]
     dims: tuple[Positions | None, ...]
     is_parameter: bool
     aliases: tuple[str, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

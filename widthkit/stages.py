@@ -18,6 +18,7 @@ from widthkit.errors import OptionError
 from widthkit.export import export
 from widthkit.graph import ChannelGraph
 from widthkit.narrow import narrow
+from widthkit.search.band import BAND
 from widthkit.search.result import SearchResult
 from widthkit.space import Limit, SearchSpace, flops_bins, resolve_limit
 from widthkit.strategy import Strategy
@@ -132,15 +133,19 @@ def run_stages(net: Supernet, plan: StagePlan, train: TrainStage, search: Search
 
     Both may take up what an interrupted run left: nothing else is needed to resume.
     """
-    first, rows = net, []
+    first = net
+    rows: list[dict[str, Any]] = []
     result: SearchResult | None = None
     for stage in range(1, plan.stages + 1):
         if result is not None:
-            net = next_supernet(net, result.widths, plan, stage, first)
+            net = next_supernet(net, rows[-1]["widths"], plan, stage, first)
         train(net, stage)
         budget = plan.budget_at(stage, first.space)
         result = search(net, budget, stage)
-        rows.append(_row(stage, plan, net, result))
+        row = _row(stage, plan, net, result)
+        if stage < plan.stages:
+            row |= _with_room(result, budget, plan.budget_at(stage + 1, first.space), net.graph)
+        rows.append(row)
     assert result is not None
     full = {"widths": first.graph.full, "macs": first.graph.macs(), "params": first.graph.params()}
     return Stages(replace(result, full=full, settings={**result.settings, "stages": rows}), net)
@@ -162,6 +167,22 @@ def next_supernet(
     _, graph = narrow(net.wide_graph, widths)
     space = plan.space_at(stage, graph, (first or net).graph.full)
     return Supernet(model, graph, space, net.strategy, seed=net.seed)
+
+
+def _with_room(result: SearchResult, budget: Budget, following: Budget, graph: ChannelGraph) -> dict[str, Any]:
+    """Replace a stage's result that is too small to be the next stage's maximum, for its budget could not be filled.
+
+    That happens where the stage's own space has no network in the budget's band. The best judged network that exceeds
+    the next budget takes its place, or the largest one.
+    """
+    if following.usage(graph, result.widths) > BAND:
+        return {}
+    inside = [t for t in result.trials if math.isfinite(t.score) and budget.fits(graph, t.widths)]
+    larger = [t for t in inside if following.usage(graph, t.widths) > 1]
+    chosen = (
+        max(larger, key=lambda t: t.score) if larger else max(inside, key=lambda t: following.usage(graph, t.widths))
+    )
+    return {"widths": chosen.widths, "score": chosen.score, "macs": chosen.macs, "params": chosen.params}
 
 
 def _row(stage: int, plan: StagePlan, net: Supernet, result: SearchResult) -> dict[str, Any]:

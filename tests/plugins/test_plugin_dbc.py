@@ -129,13 +129,12 @@ def test_closed_units_keep_their_weights_bit_by_bit_and_come_back():
 # --- what a closed gate does is what dropping the unit does -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet10t", "mobilenetv2_035", "efficientnet_lite0", "densenet121", "mobilenetv3_small_050"]
-)
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_035", "densenet121", "mobilenetv3_small_050"])
 def test_the_gated_network_is_the_exported_one(name):
     # Biases, sigmoid(0) = 1/2 of squeeze-and-excitation, hard-swish and concatenation included; float64.
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5)
+    fewer = {"block_config": (2, 2, 2, 2)} if name == "densenet121" else {}
+    model = timm.create_model(name, num_classes=5, **fewer)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.bias, -0.5, 0.5)

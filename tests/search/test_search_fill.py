@@ -168,13 +168,14 @@ SPACES = {"coarse": {"k": 3}, "fine": {"k": 8}, "bins": {"bins": 1.0}, "divisor"
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("budget", ["0.4x", "0.7x", "0.6x,350params"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("searcher", ["greedy", "random", "uniform", "evolution"])
-def test_every_result_lies_in_the_band_or_says_why_not(space, budget, searcher):
+def test_every_result_lies_in_the_band_or_says_why_not(space, budget, searcher, guided):
     net = build(**space)
     limit = parse_budget(budget, net.graph)
     usage = limit.usage(net.graph, points(net.space))
     options = {"evolution": {"population": 4, "generations": 2}, "random": {"n": 5}}.get(searcher, {})
-    result = quiet(net, budget, searcher, **options)
+    result = quiet(net, budget, searcher, score_model="auto" if guided else None, **options)
     used = limit.usage(net.graph, result.widths)
     assert used <= 1
     if ((usage <= 1) & (usage > BAND)).any():
@@ -190,7 +191,7 @@ def test_every_result_lies_in_the_band_or_says_why_not(space, budget, searcher):
 
 
 def test_a_budget_above_the_whole_space_is_told():
-    result = quiet(build(k=4), "2x", "greedy")
+    result = quiet(build(k=4), "2x", "greedy", score_model=None)
     assert result.widths == small_graph().full
     assert result.settings["remark"] == (
         "it uses 50.0% of the budget; the widest network of this space uses no more than 50.0%"
@@ -207,7 +208,7 @@ def test_a_band_whose_networks_diverge_is_told(monkeypatch):
         return Judgement(math.nan, math.nan, None) if bad else original(self, widths)
 
     monkeypatch.setattr(Evaluator, "__call__", judge)
-    result = quiet(net, "0.7x", "greedy")
+    result = quiet(net, "0.7x", "greedy", score_model=None)
     assert limit.usage(net.graph, result.widths) <= BAND
     assert result.settings["remark"]
 

@@ -4,16 +4,20 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
 from widthkit_plugins.greedy import GreedySearcher
 
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
-from widthkit.search.evaluator import Judgement
+from widthkit.search import search as whole_search
+from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.run import run_loop
 from widthkit.space import uniform_space
-from widthkit.testing import SearcherConformance
+from widthkit.supernet import make_supernet
+from widthkit.testing import SearcherConformance, small_batch, small_graph, small_net
 from widthkit.trace import trace
 
 OPTIONS = [{"lazy": True}, {"race": 0.25}, {"lazy": True, "race": 0.5, "finalists": 2}]
@@ -89,6 +93,43 @@ def test_a_race_lets_finalists_correct_what_the_part_got_wrong():
     all_of_them = [search(Judge(seed, noise=0.5), race=0.25, finalists=9)[0] for seed in seeds]
     right = [sum(map(dict.__eq__, found, expected)) for found in (alone, corrected, all_of_them)]
     assert right[0] < right[1] <= right[2] == len(seeds)
+
+
+def supernet():
+    return make_supernet(small_net(), "bc", graph=small_graph(), k=4)
+
+
+def test_a_part_of_the_data_is_the_first_examples_of_every_batch():
+    net, data = supernet(), [small_batch(seed) for seed in range(2)]
+    judge = Evaluator(net, data, F.cross_entropy, batch_size=8)
+    halves = Evaluator(net, [(x[:4], y[:4]) for x, y in data], F.cross_entropy, batch_size=4)
+    assert [n for _, _, n in judge.at(0.45).batches] == [4, 4]
+    assert judge.at(0.45)(net.space.smallest) == halves(net.space.smallest)
+    assert judge.at(1e-9).batches[0][2] == 1
+    with pytest.raises(OptionError, match="fraction=0"):
+        judge.at(0)
+    lists = Evaluator(net, [(data[0][0], list(data[0][1]))], lambda o, t: F.cross_entropy(o, torch.stack(t)))
+    with pytest.raises(OptionError, match="cannot be cut"):
+        lists.at(0.5)
+
+
+def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
+    options = {"loss": F.cross_entropy, "progress": False, "lazy": True, "race": 0.5, "finalists": 2}
+    data = [small_batch(seed) for seed in range(2)]
+    expected = whole_search(supernet(), data, "0.5x", out=tmp_path / "whole", **options)
+    left = iter(range(5))
+
+    def stop(trial, progress):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        whole_search(supernet(), data, "0.5x", out=tmp_path / "cut", on_trial=stop, **options)
+    journal = (tmp_path / "whole" / "search-journal.jsonl").read_text()
+    assert "fraction" in journal
+    assert journal.startswith((tmp_path / "cut" / "search-journal.jsonl").read_text())
+    assert whole_search(supernet(), data, "0.5x", out=tmp_path / "cut", resume=True, **options) == expected
+    assert (tmp_path / "cut" / "search-journal.jsonl").read_text() == journal
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ def test_a_search_finds_the_best_of_what_it_judged(searcher, judged):
     result = quiet(net, "0.5x", searcher)
     trials = result.trials
     distinct = {json.dumps(t.widths): t.widths for t in trials}
-    assert list(distinct.values()) == judged
+    # The evaluator chooses the order within a round.
+    assert sorted(map(repr, distinct.values())) == sorted(map(repr, judged))
     inside = [t for t in trials if 0.97 * 0.5 * net.graph.macs() < t.macs <= net.graph.macs() // 2]
     assert (result.widths, result.score) == (lambda t: (t.widths, t.score))(max(inside, key=lambda t: t.score))
     assert all((t.macs, t.params) == (net.graph.macs(t.widths), net.graph.params(t.widths)) for t in trials)
@@ -504,8 +505,8 @@ def test_unknown_searchers_and_options():
         quiet(build(), searcher="gredy")
     with pytest.raises(OptionError, match="searcher 'random' has no option 'm'; its options are: n, band"):
         quiet(build(), searcher="random", m=3)
-    with pytest.raises(OptionError, match="searcher 'greedy' has no option 'n'; it has none"):
-        quiet(build(), searcher="greedy", n=3)
+    with pytest.raises(OptionError, match="searcher 'uniform' has no option 'n'; it has none"):
+        quiet(build(), searcher="uniform", n=3)
     assert "random" in SEARCHERS.names()
 
 

@@ -133,7 +133,7 @@ def test_shared_losses_are_bit_identical(name):
     assert judge.kept_bytes > 0
 
 
-@pytest.mark.parametrize("strategy", ["bc", "bcv2"])
+@pytest.mark.parametrize("strategy", ["bc", "bcv2", "locally-free"])
 def test_every_path_has_its_own_memo(strategy):
     net = build(MODELS["resnet"](), strategy)
     genes = np.random.default_rng(3).integers(1, 4, len(net.space.groups))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -209,3 +210,22 @@ def test_stages_are_called_in_order():
     assert [call[:2] for call in calls] == [("train", 1), ("search", 1), ("train", 2), ("search", 2)]
     assert calls[1][2].startswith("0.5x (stage 1 of 2: ")
     assert calls[3][2] == found.result.budget == "0.5x"
+
+
+def test_a_stage_that_ends_too_small_leaves_room_for_the_next():
+    """Were the small result the maximum, no network of the next stage could fill its budget."""
+    graph = small_graph()
+    net = make_supernet(small_net(), "bc", graph=graph, bins=1.0)
+    plan = StagePlan(parse_budget("0.5x", graph), 2, 2.0, 1.0)
+    maxima = []
+
+    def search(net, budget, stage):
+        maxima.append(net.graph.full)
+        result = wk.search(net, VALID, budget, "random", n=6, progress=False, score_model=None)
+        small = net.space.smallest
+        return result if stage > 1 else replace(result, widths=small, macs=graph.macs(small))
+
+    found = run_stages(net, plan, lambda net, stage: None, search)
+    assert graph.macs(maxima[1]) > 0.5 * graph.macs()
+    assert found.result.settings["stages"][0]["widths"] == maxima[1]
+    assert 0.97 * 0.5 * graph.macs() < found.result.macs <= 0.5 * graph.macs()

@@ -1,31 +1,58 @@
-"""All oracles on random networks."""
+"""All oracles on random networks, and a broken oracle that must be noticed."""
 
 from __future__ import annotations
 
 import numpy as np
 import oracles
+import pytest
 import torch
-from blocks import RandomNet, recipes
-from hypothesis import HealthCheck, given, settings
-from topologies import randomised
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 
+from widthkit.bench.fuzz.nets import LEAVES, NESTS, RandomNet
+from widthkit.bench.fuzz.run import _model, check, recipes
+from widthkit.bench.oracles import CheckError
 from widthkit.trace import trace
 
 SHAPE = (1, 3, 6, 6)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(recipes())
-def test_oracles_on_random_networks(recipe):
-    torch.manual_seed(0)
-    model = randomised(RandomNet(recipe))
-    x = torch.randn(SHAPE, dtype=torch.float64)
+@seed(0)
+@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(recipes(leaves=3, blocks=2), st.booleans(), st.integers(0, 99))
+def test_oracles_on_random_networks(recipe, flat, widths):
+    check(recipe, flat, widths)
+
+
+@pytest.mark.parametrize("kind", [*LEAVES, *NESTS])
+def test_every_block_alone(kind):
+    recipe = (kind, (2,)) if kind in LEAVES else (kind, (("conv", (2,)), ("se", (1,))))
+    check([("conv", (4,)), recipe], flat=True)
+    model, x = _model([("conv", (4,)), recipe], False, 0)
+    graph = trace(model, x)
+    assert graph.groups
+    oracles.check_growth(model, graph, x, np.random.default_rng(0))
+
+
+def test_se_inside_a_split_inside_a_residual():
+    check([("residual", (("split", (("se", (2,)), ("grouped", (3,)))),)), ("shuffle", (("heads", (2,)),))])
+
+
+def test_dilation_is_no_channel_count():
+    # Two output channels beside a dilation and a padding of two.
+    model = RandomNet([("concat", (("cat_self", (2,)), ("dilated", (1,))))])
     graph = trace(model, SHAPE)
-    rng = np.random.default_rng(0)
-    oracles.check_permutation(model, graph, x, rng, each=True)
-    oracles.check_cut(model, graph, x, rng)
-    oracles.check_cost(model, graph, x, oracles.random_units(graph, rng))
-    oracles.check_growth(model, graph, x, rng)
-    if graph.groups:
-        net = oracles.bc_net(model, graph).eval()
-        oracles.check_same_net(net, x, net.space.sample(rng))
+    assert not {a.name for a in graph.attributes} & {"dilation", "padding", "kernel_size", "stride"}
+
+
+def test_a_wrong_graph_is_noticed(monkeypatch):
+    import widthkit.bench.fuzz.run as run
+
+    def wrong(model, graph, rng):
+        with torch.no_grad():
+            model.stem.weight[0] += 1
+        return model
+
+    monkeypatch.setattr(run, "permuted", wrong)
+    with pytest.raises(CheckError, match="off by"):
+        check([("conv", (2,))])

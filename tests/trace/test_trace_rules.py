@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from widthkit.trace import trace
 from widthkit.trace.components import connect, solve
 from widthkit.trace.context import OpContext, RunState
 from widthkit.trace.labels import Alternative, LabelStore
@@ -194,3 +195,18 @@ def test_arguments_are_bound_by_name():
     context = OpContext(run, torch.ops.aten.sum.dim_IntList, (x, [1]), {}, x.sum(1), "", MODEL)
     assert context.arg("dim") == [1]
     assert context.arg("keepdim") is False
+
+
+def test_positions_that_are_channels_are_priced_by_what_remains():
+    # As in lambda layers: a convolution slides along one dim and visits channels, one by one, along the other.
+    class Lambda(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.slide, self.head = nn.Linear(5, 8), nn.Conv2d(1, 2, (3, 1), padding=(1, 0)), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.slide(self.stem(x)[:, None]).sum(1))
+
+    graph = trace(Lambda(), (1, 6, 5))
+    name = next(n for n, w in graph.full.items() if w == 8)
+    assert graph.macs() - graph.macs({name: 7}) == 6 * 5 + 2 * 3 * 6 + 6 * 4

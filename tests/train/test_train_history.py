@@ -73,11 +73,11 @@ def test_every_strategy_is_watched(strategy):
     net = build(strategy)
     train(net)
     records = net.width_history.records
-    if not records:
-        pytest.skip(f"{strategy} trains no widths")
     losses = [loss for _, loss in records]
     assert losses == sorted(losses)
-    assert len({tuple(w.values()) for w, _ in records}) == len(records) > 10
+    assert len({tuple(w.values()) for w, _ in records}) == len(records)
+    # A strategy that finds the widths itself trains few of them in so short a time.
+    assert len(records) > (10 if net.chosen() is None else 0)
     for widths, loss in records:
         assert list(widths) == list(net.graph.group_names)
         assert all(1 <= width <= g.widest for width, g in zip(widths.values(), net.space.groups, strict=True))

@@ -38,7 +38,7 @@ def bounds(graph: ChannelGraph, candidates: Sequence[Mapping[str, int]]) -> tupl
     >>> from widthkit.trace import trace
     >>> net = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(4)))
     >>> bounds(trace(net, (1, 4, 2, 2)), [{"0": 2}, {"1": 2}, {"2": 2}])
-    (1.5, 1.3333333333333333)
+    (1.5, 1.125)
     """
     polynomial = graph.cost.macs_polynomial
     vectors = graph.vector(list(candidates))

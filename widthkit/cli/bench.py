@@ -59,6 +59,36 @@ def bench_cost(
     run(model, vectors, out)
 
 
+@bench.command("zoo")
+def bench_zoo(
+    source: Annotated[str, typer.Option(help="torchvision or timm")] = "torchvision",
+    only: Annotated[list[str] | None, typer.Option(help="Pattern of model names, such as resnet*")] = None,
+    peer: Annotated[str | None, typer.Option(help="Also let this library halve every model: torch-pruning")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: every n-th model, from the i-th")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the file at --out")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that one model may take")] = 240,
+    memory: Annotated[float, typer.Option(help="Gigabytes that one model may take")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here, and a table beside them (.md)")] = None,
+) -> None:
+    """Trace, shrink, export and check every model of a library, each in a process of its own."""
+    from widthkit.bench.zoo.run import run
+
+    run(source, only or [], peer, shard, resume, out, timeout, memory)
+
+
+@bench.command("fuzz")
+def bench_fuzz(
+    examples: Annotated[int, typer.Option(min=1, help="How many random networks")] = 5_000,
+    seed: Annotated[int | None, typer.Option(help="Seed of the networks; drawn and printed when not given")] = None,
+    out: JsonFile = None,
+) -> None:
+    """Hold random networks against the oracles; every failure is shrunk and printed as a command."""
+    from widthkit.bench.fuzz.run import run
+
+    if run(examples, seed, out):
+        raise typer.Exit(1)
+
+
 @bench.command("predict")
 def bench_predict(
     models: Annotated[list[str] | None, typer.Option("--model", help="Models to predict and measure")] = None,

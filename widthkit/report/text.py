@@ -59,24 +59,25 @@ def graph_text(graph: ChannelGraph, name: str, *, verbose: bool = False) -> None
     table = Table("group", "units", "tied", "MACs", box=None, pad_edge=False)
     table.columns[1].justify = table.columns[3].justify = "right"
     for g, group in enumerate(graph.groups.values()):
-        table.add_row(group.name, str(group.width), tied(group, verbose), f"{share[g]:.1%}")
+        table.add_row(group.name, str(group.width), tied(graph, group, verbose), f"{share[g]:.1%}")
     console.print(table, highlight=False)
     _print_frozen(console, graph, verbose)
     for note in graph.notes:
         console.print(f"note: {note}", highlight=False)
 
 
-def tied(group: ChannelGroup, verbose: bool = False) -> str:
+def tied(graph: ChannelGraph, group: ChannelGroup, verbose: bool = False) -> str:
     """Say what a group ties: who writes its channels, who reads them, what follows along."""
     roles: dict[str, list[str]] = {"written by": [], "read by": [], "with": []}
     for site in group.sites:
         module, _, kind = site.tensor.rpartition(".")
-        if kind == "weight" and site.dim == 1:
-            roles["read by"].append(module)
-        elif kind == "weight" and _is_matrix(group, site.tensor):
-            roles["written by"].append(module)
-        else:
+        info = graph.tensors[site.tensor]
+        if kind != "weight" or len(info.shape) < 2 or site.dim > 1:
             roles["with"].append(module)
+        elif site.dim == (0 if info.transposed else 1):
+            roles["read by"].append(module)
+        else:
+            roles["written by"].append(module)
     parts = []
     for role, modules in roles.items():
         unique = [m for m in dict.fromkeys(modules) if role != "with" or m not in roles["written by"]]
@@ -84,12 +85,6 @@ def tied(group: ChannelGroup, verbose: bool = False) -> str:
             shown = unique if verbose or len(unique) <= 3 else [*unique[:2], f"{len(unique) - 2} more"]
             parts.append(f"{role} {', '.join(shown)}")
     return "; ".join(parts)
-
-
-def _is_matrix(group: ChannelGroup, tensor: str) -> bool:
-    """A weight whose name has a bias or statistics of a norm beside it is a vector; matrices write channels."""
-    stem = tensor.rpartition(".")[0]
-    return not any(s.tensor in (f"{stem}.running_mean",) for s in group.sites)
 
 
 def _print_frozen(console: Console, graph: ChannelGraph, verbose: bool) -> None:

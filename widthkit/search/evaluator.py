@@ -201,7 +201,7 @@ class Evaluator:
         that lacks them is judged when that wave has come to it.
         """
         sharing = Sharing(self.net, vectors, self.memory)
-        pairs = [(p, b) for p in range(len(self.net.paths(vectors[0]))) for b in range(len(self.batches))]
+        pairs = [(p, b) for p in range(max(sharing.n_paths)) for b in range(len(self.batches))]
         done = dict.fromkeys(pairs, 0)
         judged = 0
         put_off = pairs
@@ -209,7 +209,7 @@ class Evaluator:
             active, put_off = put_off, []
             for who, widths in enumerate(vectors):
                 for path, batch in [pair for pair in active if done[pair] == who]:
-                    if not self._fill(sharing, who, widths, path, batch):
+                    if path < sharing.n_paths[who] and not self._fill(sharing, who, widths, path, batch):
                         yield False
                         return
                     done[path, batch] += 1

@@ -200,7 +200,14 @@ def _one_per_group(moves: IntArray, now: IntArray, worth: FloatArray) -> IntArra
 
 
 def remark(space: SearchSpace, budget: Budget, widths: Mapping[str, int], found: Fullest | None) -> str | None:
-    """Say why a result lies below the band; ``None`` if it does not."""
+    """Say why a result lies below the band; ``None`` if it does not.
+
+    Args:
+        space: The space.
+        budget: The budget.
+        widths: The result.
+        found: The number problem's answer, where it is known already.
+    """
     used = budget.usage(space.graph, dict(widths))
     if used > BAND:
         return None
@@ -208,7 +215,8 @@ def remark(space: SearchSpace, budget: Budget, widths: Mapping[str, int], found:
     most = budget.usage(space.graph, space.largest)
     if most <= BAND:
         return f"{why}; the widest network of this space uses no more than {most:.1%}"
-    if found is None or found.usage > BAND:
+    found = found or fullest(space, budget)
+    if found.usage > BAND:
         return f"{why}; the networks in ({BAND:.0%}, 100%] of it that were judged have no finite score"
     if found.proven:
         return f"{why}; no network of this space lies in ({BAND:.0%}, 100%] of it, the fullest uses {found.usage:.1%}"

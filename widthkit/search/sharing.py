@@ -64,6 +64,8 @@ class Sharing:
 
     Attributes:
         crowded: Whether values had to be given up.
+        peak: The most bytes that were kept.
+        n_paths: Paths of every width vector.
     """
 
     def __init__(self, net: Supernet, vectors: Sequence[Mapping[str, int]], memory: int) -> None:
@@ -75,7 +77,10 @@ class Sharing:
         paths = [net.paths(v) for v in vectors]
         # Prepared once: there may be more of them than the supernet remembers.
         self._prepared = [[net.prepare(units) for units in path] for path in paths]
-        self._sharers = [_sharers([p[path] for p in self._prepared]) for path in range(len(paths[0]))]
+        self.n_paths = [len(path) for path in paths]
+        self._sharers = [
+            _sharers([p[path] if path < len(p) else None for p in self._prepared]) for path in range(max(self.n_paths))
+        ]
         self._memos: dict[tuple[int, int], Memo] = {}
 
     def run(self, who: int, path: int, batch: int, inputs: Any) -> Any:
@@ -127,8 +132,9 @@ def _sharers(prepared: Sequence[Any]) -> dict[str, list[int]]:
     """Return, per tensor that any sub-network narrows, for each sub-network the bit set of those with equal slices."""
     slices: dict[str, dict[Hashable, int]] = {}
     own: list[dict[str, Hashable]] = []
-    for who, (loans, _) in enumerate(prepared):
-        own.append({loan.name: _slice_name(loan.spec) for loan in loans})
+    for who, one in enumerate(prepared):
+        # A width vector may have fewer paths than others; then nobody asks for its bit.
+        own.append({} if one is None else {loan.name: _slice_name(loan.spec) for loan in one[0]})
         for name, key in own[-1].items():
             found = slices.setdefault(name, {})
             found[key] = found.get(key, 0) | 1 << who

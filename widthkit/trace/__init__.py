@@ -12,12 +12,15 @@ from widthkit.clone import meta_clone, real_clone
 from widthkit.errors import ModelError, TraceError, WidthkitError
 from widthkit.graph import ChannelGraph
 from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, under
+from widthkit.trace.claims import Claim, ClaimWatch
 from widthkit.trace.context import RunState, flat_tensors
 from widthkit.trace.draft import Draft
 from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype
+from widthkit.trace.numbers import install
 from widthkit.trace.probe import probe
 from widthkit.trace.program import double_batch, with_program
 from widthkit.trace.recorder import record, to_device
+from widthkit.trace.settle import settle
 
 __all__ = ["trace"]
 
@@ -88,37 +91,63 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 
 def _first_run(model: nn.Module, example: Any) -> _FirstRun:
-    """Run a copy on the meta device; where that fails for every example input, run a real copy."""
+    """Run a copy on the meta device; where that fails for every example input, run a real copy.
+
+    The real copy leaves out costly arithmetic at first, and does everything where a model does not run like that.
+    """
     options = [as_inputs(example, float_dtype(model))] if example is not None else list(candidates(model))
-    failure = "no input was tried"
-    for device, clone in (("meta", meta_clone), ("cpu", real_clone)):
+    failure = ""
+    home = next((p.device.type for p in model.parameters()), "cpu")
+    ways = [("meta", meta_clone, False)]
+    if home != "meta":
+        ways += [(home, real_clone, True), (home, real_clone, False)]
+    for device, clone, hollow in ways:
         for inputs in options:
             try:
-                return _run_copy(clone(model), inputs, device)
+                return _run_copy(clone(model), inputs, device, hollow)
             except WidthkitError:
                 raise
             except Exception as error:
-                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                # The likeliest input comes first, and what it says helps most.
+                if device != "meta" or home == "meta":
+                    failure = failure or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     what = "the given example_inputs" if example is not None else "any example input that was tried"
     raise ModelError(f"{type(model).__name__} does not run on {what} ({failure}); pass example_inputs=")
 
 
-def _run_copy(model: nn.Module, inputs: Inputs, device: str) -> _FirstRun:
+def _run_copy(model: nn.Module, inputs: Inputs, device: str, hollow: bool = False) -> _FirstRun:
     model.eval()
     run = RunState()
     seeds = seed_labels(model, run)
     placed = to_device(inputs, device)
-    outputs = record(model, placed, run, [])
+    outputs, claims = watched(model, placed, run, hollow)
     batch = batch_size(inputs)
-    notes = _also_in_training(model, placed, run)
+    notes = _also_in_training(model, placed, run, hollow)
+    settle(run, claims)
     freeze_unused(model, run, seeds)
     found = flat_tensors((outputs,))
     labels = [labels for t in found for labels in run.dims_of(t) if labels is not None]
-    draft = Draft(model, placed, batch, run, seeds, [tuple(t.shape) for t in found], notes=notes)
+    draft = Draft(model, placed, batch, run, seeds, [tuple(t.shape) for t in found], notes=notes, hollow=hollow)
     return _FirstRun(draft, labels)
 
 
-def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[str]:
+def watched(model: nn.Module, inputs: Inputs, run: RunState, hollow: bool = False) -> tuple[Any, list[Claim]]:
+    """Run a copy with numbers for its integer attributes; return its outputs and what the numbers claim."""
+    stack: list[tuple[str, nn.Module]] = []
+    watch = ClaimWatch(run, stack)
+    old = install(model)
+    # Some models replace their buffers while they run (tables for the size of the image); the copy keeps its own.
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        return record(model, inputs, run, stack, watch, hollow), watch.claims
+    finally:
+        for module, name, value in old:
+            vars(module)[name] = value
+        for module, own in buffers:
+            module._buffers.update(own)
+
+
+def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState, hollow: bool) -> list[str]:
     """Run once more in training mode when evaluation left parameters out, such as auxiliary heads."""
     tensors = {id(t) for t in model.parameters()}
     if tensors <= run.used:
@@ -126,7 +155,7 @@ def _also_in_training(model: nn.Module, inputs: Inputs, run: RunState) -> list[s
     costs, attributes, n_calls = list(run.costs), list(run.attributes), len(run.trail)
     try:
         model.train()
-        record(model, double_batch(inputs), run, [])
+        record(model, double_batch(inputs), run, [], hollow=hollow)
         return ["some modules run in training mode only; both modes were traced"]
     except Exception:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -115,8 +115,12 @@ def build_graph(
     reasons = dict(solved.frozen)
     units = _group_units(seeds, unit, reasons, parameters)
     aliases = all_names(model)
+    turned = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
     infos = {
-        name: _tensor_info(name, tensor, seeds, units, unit, name in parameters, tuple(aliases[name][1:]))
+        name: replace(
+            _tensor_info(name, tensor, seeds, units, unit, name in parameters, tuple(aliases[name][1:])),
+            transposed=id(tensor) in turned,
+        )
         for name, tensor in tensors.items()
     }
     frozen = _frozen_report(infos, seeds, unit, reasons, units)

@@ -57,6 +57,8 @@ class RunState:
     """Every call, in order."""
     calls: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
     """Operator, arguments, keyword arguments and result of every call, in order."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the running function that count channels, in the first run: ``groups``, ``normalized_shape``..."""
     keep: list[Any] = field(default_factory=list)
     """Every tensor of the run stays alive here, or a reused ``id`` would tie strangers."""
 
@@ -190,6 +192,11 @@ class OpContext:
             value = value[element]
         if labels is not None and isinstance(value, int) and not isinstance(value, bool) and value == len(labels):
             self.run.attributes.append(AttributeRecord(self.path, name, element, labels))
+        given = self.run.numbers.get(name)
+        number = given[element] if isinstance(given, (tuple, list)) and element is not None else given
+        source: Any = getattr(number, "source", None)
+        if labels is not None and number == len(labels) and hasattr(source, "element"):
+            self.run.attributes.append(AttributeRecord(source.path, source.name, source.element, labels))
 
 
 def bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

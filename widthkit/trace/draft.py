@@ -61,6 +61,7 @@ class Draft:
     attributes: dict[AttributeKey, Labels] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     free_outputs: bool = False
+    hollow: bool = False
     hopeless: set[tuple[type, int]] = field(default_factory=set)
     _solved: tuple[object, Components] | None = None
 
@@ -113,7 +114,7 @@ def check(draft: Draft, graph: ChannelGraph, solved: Components, shrink: Iterabl
     try:
         slim = apply_plan(draft.model, plan)
         _label(slim, draft, solved, plan, run)
-        outputs = record(slim, draft.inputs, run, stack)
+        outputs = record(slim, draft.inputs, run, stack, hollow=draft.hollow)
     except Exception as error:
         return misfit(stack[-1][0] if stack else "", f"{type(error).__name__}: {_first_line(error)}")
     shapes = [tuple(t.shape) for t in flat_tensors((outputs,))]

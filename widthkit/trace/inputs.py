@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,13 +45,33 @@ def as_inputs(example: Any, dtype: torch.dtype = torch.float32) -> Inputs:
     raise ModelError(f"example_inputs must be a tensor, a shape, a tuple of arguments or a mapping, not {example!r}")
 
 
-def candidates(model: nn.Module) -> Iterator[Inputs]:
-    """Yield example inputs worth trying, best first: the model's own metadata, then common image sizes."""
-    tried = set()
-    for shape in _shapes(model):
-        if shape not in tried:
-            tried.add(shape)
-            yield (_random(shape, float_dtype(model)),)
+def candidates(model: nn.Module, sizes: Sequence[int] | None = None) -> Iterator[Inputs]:
+    """Yield example inputs worth trying, best first: the model's own metadata, then common image sizes.
+
+    A forward that needs two arguments gets two images (optical flow); one image, then a list of images (detection).
+
+    Args:
+        model: The model to run.
+        sizes: Side lengths of images to try instead.
+    """
+    shapes = list(dict.fromkeys(_shapes(model) if sizes is None else _sized(model, sizes)))
+    dtype = float_dtype(model)
+    n = _n_required(model)
+    for shape in shapes:
+        yield tuple(_random(shape, dtype, seed) for seed in range(n))
+    for shape in shapes if n == 1 else []:
+        if len(shape) == 4:
+            yield ([_random(shape[1:], dtype)],)
+
+
+def _n_required(model: nn.Module) -> int:
+    """How many tensors a model must be given; one where its signature does not say."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters))
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -58,8 +79,19 @@ def float_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _sized(model: nn.Module, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    channels, spatial = _stem(model)
+    for size in sizes:
+        if spatial == 3:
+            yield (1, channels, 8, size, size)
+            yield (1, channels, 16, size, size)
+        else:
+            yield (1, channels, *(size,) * spatial)
+            yield (1, 3, size, size)
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -69,8 +101,11 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         size = cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None)
         if size is not None and len(size) == 3:
             yield (1, channels if spatial == 2 else size[0], *size[1:])
+            yield (1, *size)
     if spatial == 3:
-        yield (1, channels, 16, 112, 112)
+        side = image_size(model) or 112
+        yield (1, channels, 16, side, side)
+        yield (1, channels, 16, 224, 224)
         yield (1, channels, 8, 32, 32)
     elif spatial == 1:
         yield (1, channels, 1024)
@@ -78,7 +113,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         designed = image_size(model)
         if designed is not None:
             yield (1, channels, designed, designed)
-        for size in (224, 256, 299, 64, 32):
+        for size in (224, 256, 299, 384, 64, 32):
             yield (1, channels, size, size)
 
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from torch import nn
 
 from widthkit.trace.draft import AttributeKey, Draft, Misfit, check
 from widthkit.trace.labels import Labels
+from widthkit.trace.numbers import integer_attributes
 
 _Pick = tuple[str, "int | None"]
 _TRIES = 40
@@ -121,17 +121,6 @@ def _outwards(path: str) -> Iterator[str]:
         yield path
         path = path.rpartition(".")[0]
     yield ""
-
-
-def integer_attributes(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
-    """Yield ``(name, element, value)`` of every integer attribute above 1, and of integers in tuples and lists."""
-    for name, value in sorted(vars(module).items()):
-        if isinstance(value, int) and not isinstance(value, bool) and value > 1:
-            yield name, None, value
-        elif isinstance(value, (tuple, list)):
-            for i, item in enumerate(value):
-                if isinstance(item, int) and not isinstance(item, bool) and item > 1:
-                    yield name, i, item
 
 
 def distinct(arrays: Iterable[Labels], unit: Labels) -> list[Labels]:

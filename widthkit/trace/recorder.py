@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,21 +14,23 @@ from torch.utils._pytree import tree_map_only
 from widthkit.errors import TraceError, WidthkitError
 from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
+from widthkit.trace.hollow import made_up, replaces
 from widthkit.trace.inputs import Keywords
 
 
 class Recorder(TorchDispatchMode):
     """Sees every ATen call of a run; under inference mode composite operators arrive whole."""
 
-    def __init__(self, run: RunState, stack: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, run: RunState, stack: list[tuple[str, nn.Module]], hollow: bool = False) -> None:
         super().__init__()
         self.run = run
         self.stack = stack
+        self.hollow = hollow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then its rule; an operator without a rule freezes what enters it."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = made_up(func, args, kwargs) if self.hollow and replaces(func, args, kwargs) else func(*args, **kwargs)
         tensors = flat_tensors((args, kwargs))
         self.run.keep.append((tensors, out))
         self.run.calls.append((func, args, kwargs, out))
@@ -98,7 +100,14 @@ def _module_stack(model: nn.Module, stack: list[tuple[str, nn.Module]]) -> Itera
             handle.remove()
 
 
-def record(model: nn.Module, inputs: tuple[Any, ...], run: RunState, stack: list[tuple[str, nn.Module]]) -> Any:
+def record(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    run: RunState,
+    stack: list[tuple[str, nn.Module]],
+    watch: AbstractContextManager[Any] | None = None,
+    hollow: bool = False,
+) -> Any:
     """Run ``model`` once under the recorder and return its outputs.
 
     Args:
@@ -106,6 +115,8 @@ def record(model: nn.Module, inputs: tuple[Any, ...], run: RunState, stack: list
         inputs: Example inputs on the model's device.
         run: Collects what the rules say.
         stack: Filled with the running modules; left as it was at the failure when the run raises.
+        watch: Also entered around the run.
+        hollow: Do not compute convolutions and matrix products (:mod:`widthkit.trace.hollow`).
     """
     stack.append(("", model))
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -117,7 +128,8 @@ def record(model: nn.Module, inputs: tuple[Any, ...], run: RunState, stack: list
             torch.random.fork_rng(devices=devices),
             _module_stack(model, stack),
             torch.inference_mode(),
-            Recorder(run, stack),
+            watch or nullcontext(),
+            Recorder(run, stack, hollow),
         ):
             outputs = call(model, inputs)
     finally:

@@ -42,10 +42,13 @@ def _convolve(ctx: OpContext, *, transposed: bool) -> None:
         result = ctx.match((result, out.shape[channel]), (ctx.dims(bias)[0], len(bias)))
     ctx.attribute("in_channels", x_dims[channel])
     ctx.attribute("out_channels", result)
-    positions = math.prod((x if transposed else out).shape) // (x if transposed else out).shape[channel]
-    kernel = math.prod(weight.shape[2:])
-    ctx.macs([(w_dims[0], weight.shape[0]), (w_dims[1], weight.shape[1])], scale=positions * kernel)
     space = _space(ctx, channel)
+    # Positions that a kernel visits one by one may be channels themselves, as in lambda layers.
+    counted = (x if transposed else out).shape
+    lead = [(x_dims[d], counted[d]) for d in range(channel)]
+    places = lead + [(labels, counted[channel + 1 + i]) for i, labels in enumerate(space)]
+    kernel = math.prod(weight.shape[2:])
+    ctx.macs([(w_dims[0], weight.shape[0]), (w_dims[1], weight.shape[1]), *places], scale=kernel)
     ctx.set(out, (*x_dims[:channel], result, *space))
 
 

@@ -41,6 +41,10 @@ def reshape(ctx: OpContext) -> None:
     ctx.set(ctx.out, regroup(ctx, ctx.dims(x), tuple(x.shape), tuple(ctx.out.shape)))
 
 
+_MANY = 1_000_003
+"""A prime that no size of a model has."""
+
+
 def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the smallest blocks ``(dims before, dims after)`` of equal products; size 1 is left out.
 
@@ -71,8 +75,12 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
 def regroup(ctx: OpContext, dims: Dims, before: tuple[int, ...], after: tuple[int, ...]) -> Dims:
     """Return the labels of a reshaped tensor."""
     result: list[Labels | None] = [None] * len(after)
-    if 0 in before or 0 in after:
-        return tuple(result)
+    if 0 in before:
+        # An empty batch, such as no detections at all: its dim is followed as if it had many entries.
+        if before.count(0) != 1 or after.count(0) != 1:
+            return tuple(result)
+        before = tuple(n or _MANY for n in before)
+        after = tuple(n or _MANY for n in after)
     for a, b in blocks(before, after):
         if len(a) == 1 and len(b) == 1:
             result[b[0]] = dims[a[0]]
@@ -116,7 +124,7 @@ def _split(ctx: OpContext, grid: Labels) -> list[Labels | None]:
     are kept whole, because what remains must again be a full rectangle.
     """
     result: list[Labels | None] = [None] * grid.ndim
-    if not grid.size:  # such as the picked boxes of an image without any
+    if not grid.size:
         return result
     varying = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis=axis)).any()]
     grid = grid[tuple(slice(None) if axis in varying else slice(1) for axis in range(grid.ndim))]
@@ -233,6 +241,8 @@ def split(ctx: OpContext) -> None:
     sizes = {p.shape[axis] for p in pieces}
     for piece in pieces:
         part = None if labels is None else labels[start : start + piece.shape[axis]]
+        if part is not None and len(part) == 1 and (explicit or len(sizes) > 1):
+            ctx.freeze(part, "takes one position of this dim apart")
         if part is not None and not explicit:
             if len(sizes) > 1:
                 ctx.freeze(part, "cuts this dim into unequal parts")
@@ -295,11 +305,12 @@ def shuffle(ctx: OpContext) -> None:
 def index(ctx: OpContext) -> None:
     """Pick positions by integer tensors. Where their values are known the labels are picked too, else the dim stays."""
     x, indices = ctx.arg("self"), ctx.arg("indices")
-    labelled = any(labels is not None for labels in ctx.dims(x))
-    if labelled and all(i is None or i.device.type != "meta" for i in indices):
+    dims = ctx.dims(x)
+    if all(labels is None for labels in dims):
+        return
+    if all(i is None or i.device.type != "meta" for i in indices) and ctx.out.numel():
         execute(ctx)
         return
-    dims = ctx.dims(x)
     picked = [d for d, i in enumerate(indices) if i is not None]
     for d in picked:
         ctx.freeze(dims[d], "is indexed by positions")
@@ -307,7 +318,7 @@ def index(ctx: OpContext) -> None:
     rest = [labels for d, labels in enumerate(dims) if d not in picked]
     together = picked == list(range(picked[0], picked[-1] + 1)) if picked else True
     at = picked[0] if picked and together else 0
-    masks = any(i is not None and i.dtype == torch.bool for i in indices)
+    masks = any(i is not None and i.dtype == torch.bool and i.ndim > 1 for i in indices)
     if masks or len(rest) + n_new != ctx.out.ndim:
         for labels in dims:
             ctx.freeze(labels, "is indexed by a mask")
@@ -348,6 +359,8 @@ def execute(ctx: OpContext) -> None:
                 # As where a detector finds nothing in the example image: no label is left to say what came through.
                 ctx.freeze(labels, "reaches an operator that picks nothing from the example input")
                 continue
+            if (grid == grid.flat[0]).all() and (labels != labels[0]).any():
+                ctx.freeze(grid.flat[:1], "picks one position of this dim")
             for e, moved in enumerate(_split(ctx, grid)):
                 if moved is not None and found[e] is not None:
                     ctx.freeze(moved, "merges two channel dims")

@@ -7,6 +7,7 @@ import numpy as np
 from widthkit.trace.context import OpContext
 from widthkit.trace.labels import Alternative
 from widthkit.trace.rules import rule
+from widthkit.trace.rules.pointwise import broadcast_tie
 
 _AFFINE = ("weight", "bias", "running_mean", "running_var")
 
@@ -58,3 +59,10 @@ def group_norm(ctx: OpContext) -> None:
         )
         ctx.choose(f"has {groups} groups", [whole] if rows.shape[1] == 1 else [same, whole])
     ctx.set(ctx.outputs()[0], tuple(dims))
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(ctx: OpContext) -> None:
+    """Scale every slice of a weight to the length that a vector gives."""
+    direction, length = ctx.tensors()[:2]
+    ctx.set(ctx.outputs()[0], broadcast_tie(ctx, [direction, length], direction))

@@ -1,0 +1,125 @@
+"""Independent truth about a channel graph, in float64.
+
+Nothing here looks inside the tracer. The tolerance covers sums in another order and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from widthkit.clone import named_tensors
+from widthkit.export.dense import export
+from widthkit.graph import ChannelGraph, IntArray
+from widthkit.supernet import make_supernet
+from widthkit.trace.context import flat_tensors
+from widthkit.trace.inputs import Inputs, Keywords, float_dtype
+from widthkit.trace.recorder import call
+
+TOLERANCE = 1e-10
+_FVCORE = ("conv", "linear", "matmul", "bmm", "einsum", "addmm", "baddbmm")
+
+
+class CheckError(Exception):
+    """An oracle that does not hold."""
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return all tensors that a model returns."""
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Numbers that a forward makes up, such as grids of coordinates, should have the model's own precision.
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(float_dtype(model))
+        try:
+            return flat_tensors((call(model, inputs),))
+        finally:
+            torch.set_default_dtype(before)
+
+
+def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = TOLERANCE) -> None:
+    """Compare outputs relative to their size, so that unnormalised deep nets are judged like others.
+
+    Raises:
+        CheckError: Saying by how much they differ.
+    """
+    if [a.shape for a in actual] != [e.shape for e in expected]:
+        raise CheckError(f"shapes {[tuple(a.shape) for a in actual]} instead of {[tuple(e.shape) for e in expected]}")
+    for a, e in zip(actual, expected, strict=True):
+        if not e.is_floating_point():
+            if not torch.equal(a, e):
+                raise CheckError("integer outputs differ")
+        elif e.numel():
+            if not bool(e.isfinite().all()):
+                raise CheckError("the outputs are not finite")
+            error = float((a - e).abs().max()) / max(1.0, float(e.abs().max()))
+            if not error <= tolerance:
+                raise CheckError(f"off by {error:.1e}")
+
+
+def random_units(graph: ChannelGraph, rng: np.random.Generator, least: float = 0.25) -> dict[str, IntArray]:
+    """Draw any units of every group, at least a quarter of them."""
+    return {
+        n: np.sort(rng.permutation(w)[: rng.integers(max(1, round(least * w)), w + 1)]).astype(np.int64)
+        for n, w in graph.full.items()
+    }
+
+
+def permuted(model: nn.Module, graph: ChannelGraph, rng: np.random.Generator) -> nn.Module:
+    """Return a copy in which the units of every group have changed places, at all their sites."""
+    model = copy.deepcopy(model)
+    tensors = named_tensors(model)
+    for group in graph.groups.values():
+        order = np.roll(rng.permutation(group.width), 1)
+        for site in group.sites:
+            tensor = tensors[site.tensor].data
+            index = np.arange(tensor.shape[site.dim])
+            index[site.index.reshape(-1)] = site.index[order].reshape(-1)
+            tensor.copy_(tensor.index_select(site.dim, torch.from_numpy(index)))
+    return model
+
+
+def check_same_net(
+    model: nn.Module, graph: ChannelGraph, inputs: Inputs, rng: np.random.Generator, tolerance: float = TOLERANCE
+) -> None:
+    """What a supernet computes at random widths is what the exported network computes."""
+    net = make_supernet(model, "ua", graph=graph, k=5).eval()
+    widths = net.space.sample(rng)
+    expected = outputs(net.set_widths(widths), inputs)
+    same(outputs(export(net, widths), inputs), expected, tolerance)
+
+
+def n_params(model: nn.Module) -> int:
+    """Count parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def counted_macs(model: nn.Module, inputs: Inputs) -> int:
+    """Multiply-adds as ``torch.utils.flop_counter`` counts them: convolutions, matrix products, fused attention."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        call(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def fvcore_macs(model: nn.Module, inputs: Inputs) -> int:
+    """Multiply-adds that fvcore counts for convolutions and matrix products.
+
+    fvcore 0.1.5 counts fused attention and convolutions with string padding as nothing.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    values = tuple(inputs[0].values()) if isinstance(inputs[0], Keywords) else inputs
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        analysis = FlopCountAnalysis(model, values).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        counts: Mapping[str, Any] = analysis.tracer_warnings("none").by_operator()
+    return int(sum(counts.get(name, 0) for name in _FVCORE))

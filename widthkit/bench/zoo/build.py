@@ -1,0 +1,219 @@
+"""Models built fast, small enough to be run in float64: no initialisation, fewer equal blocks, smaller images."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from widthkit.clone import meta_clone
+from widthkit.errors import ModelError
+from widthkit.models import create_model
+from widthkit.trace.context import flat_tensors
+from widthkit.trace.inputs import Inputs, candidates
+from widthkit.trace.recorder import call, to_device
+
+SIZES = (64, 96, 128, 192, 224, 256, 288, 384)
+_OFFLINE = {"init_weights": False}
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves parameters as they were allocated: their memory is not even touched until somebody fills them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        target = args[0] if args else kwargs.get("tensor")
+        if name.endswith("_") and not name.startswith("_") and isinstance(target, nn.Parameter):
+            return target.requires_grad_(*args[1:], **kwargs) if name == "requires_grad_" else target
+        return func(*args, **kwargs)
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """Build a model by name without initialising its parameters."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        with _Uninitialised():
+            return create_model(name, **kwargs).eval()
+
+
+def fill(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give all parameters values that tell channels apart and keep activations of moderate size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, float(parameter[0].numel()) ** -0.5, generator=generator)
+            elif parameter.is_floating_point():
+                parameter.uniform_(0.5, 1.5, generator=generator)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith(("running_mean", "running_var")):
+                buffer.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def runs(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model runs on these inputs, tried on the meta device."""
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            return bool(flat_tensors((call(meta_clone(model), to_device(inputs, "meta")),)))
+    except Exception:
+        return False
+
+
+def shorten(model: nn.Module, keep: int = 2) -> int:
+    """Drop children of sequences and lists that repeat the one before; return how many are gone.
+
+    Of a run of equal neighbours (same classes, same shapes of all tensors) ``keep`` remain. A block that keeps its
+    input's shape can be left out of a chain, so the rest still runs; callers check that it does.
+    """
+    dropped = 0
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            children = dict(module.named_children())
+            kept = [name for name, number in _repeats(children).items() if number < keep]
+            if len(kept) < len(children):
+                dropped += len(children) - len(kept)
+                module._modules.clear()
+                module._modules.update({_renamed(n, i): children[n] for i, n in enumerate(kept)})
+    return dropped
+
+
+def _repeats(children: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Count for every child how many equal ones come right before it; those without parameters do not count."""
+    found: dict[str, int] = {}
+    before, number = None, 0
+    for name, child in children.items():
+        signature = _signature(child)
+        number = number + 1 if signature == before and signature[1] else 0
+        before, found[name] = signature, number
+    return found
+
+
+def _renamed(name: str, number: int) -> str:
+    return str(number) if name.isdigit() else name
+
+
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    tensors = tuple((n, tuple(t.shape)) for n, t in module.state_dict().items())
+    return tuple(type(m) for m in module.modules()), tensors
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model for numeric checks.
+
+    Args:
+        model: Filled; in float64 unless its code mixes in float32.
+        inputs: Of the same type.
+        how: What was made smaller, in words; empty if nothing.
+        tolerance: What sums in another order may differ by.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    how: str
+    tolerance: float = 1e-10
+
+
+def small(name: str, *, macs_limit: float = 4e8, params_limit: float = 3e7) -> Small:
+    """Build the smallest version of a model on which its code still runs all the same.
+
+    Args:
+        name: As for :func:`widthkit.create_model`.
+        macs_limit: Above this many multiply-adds repeated blocks are dropped.
+        params_limit: The same for parameters.
+
+    Raises:
+        ModelError: If no input was found that the model runs on.
+    """
+    for size, kwargs in _versions():
+        try:
+            model = build(name, **kwargs)
+        except ModelError:
+            continue
+        for inputs in candidates(model, sizes=(size,) if size else None):
+            if runs(model, inputs):
+                return _shortened(model, inputs, kwargs, macs_limit, params_limit)
+    model = fill(build(name))
+    for inputs in candidates(model):
+        # It depends on values, so nothing can be tried without them.
+        with contextlib.suppress(Exception), torch.inference_mode():
+            call(model, inputs)
+            return Small(model, inputs, "float32", tolerance=1e-3)
+    raise ModelError(f"{name}: no example input was found at any size")
+
+
+def _versions() -> Iterator[tuple[int | None, dict[str, Any]]]:
+    yield 64, {}
+    for size in SIZES[:3]:
+        yield size, {"img_size": size}
+        yield size, {"min_size": size, "max_size": size}
+    for size in SIZES[1:]:
+        yield size, {}
+    yield None, {}
+
+
+def _shortened(
+    model: nn.Module, inputs: Inputs, kwargs: Mapping[str, Any], macs_limit: float, params_limit: float
+) -> Small:
+    how = [f"{k}={v}" for k, v in kwargs.items()]
+    if sum(p.numel() for p in model.parameters()) > params_limit or _macs(model, inputs) > macs_limit:
+        short = build_again(model)
+        dropped = shorten(short)
+        if dropped and runs(short, inputs):
+            model = short
+            how.append(f"{dropped} repeated blocks fewer")
+    fill(model)
+    real = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    precise = meta_clone(model).double()
+    if runs(precise, real):
+        if not _casts(precise, to_device(real, "meta")):
+            return Small(model.double(), real, ", ".join(how))
+        return Small(model.double(), real, ", ".join([*how, "computes parts in float32"]), tolerance=1e-4)
+    return Small(model, inputs, ", ".join([*how, "float32, which its code insists on"]), tolerance=1e-3)
+
+
+class _Casts(TorchDispatchMode):
+    """Notes whether anything in float64 becomes less precise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        precise = any(t.dtype == torch.float64 for t in flat_tensors(args))
+        self.found |= precise and any(t.dtype in _COARSE for t in flat_tensors((out,)))
+        return out
+
+
+_COARSE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _casts(model: nn.Module, inputs: Inputs) -> bool:
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]), _Casts() as casts:
+        call(model, inputs)
+    return bool(casts.found)
+
+
+def build_again(model: nn.Module) -> nn.Module:
+    """Return a copy whose containers may be changed; parameters are shared with the original."""
+    from widthkit.clone import clone_with
+
+    return clone_with(model, lambda _, t: t.detach())
+
+
+def _macs(model: nn.Module, inputs: Inputs) -> float:
+    from widthkit.bench.oracles import counted_macs
+
+    return float(counted_macs(meta_clone(model), to_device(inputs, "meta")))

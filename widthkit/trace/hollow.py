@@ -1,0 +1,56 @@
+"""Runs on real tensors without the arithmetic that costs time.
+
+Models whose control flow depends on values (detectors sort, threshold and index by their scores) cannot run on the
+meta device. Here every convolution and matrix product returns made-up values instead of computing them. The values
+depend on nothing but the result's shape: a shrunk copy, whose scores have the same shape, takes the same decisions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from widthkit.trace.context import flat_tensors
+
+_HEAVY = {
+    *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)),
+    *("convolution", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"),
+}
+_LARGE = 1 << 16
+"""Element-wise operators, norms and pooling of feature maps above this size are not computed either."""
+_LIGHT = {"batch_norm", "max_pool2d", "avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d"}
+_DECIDING = {"gt", "lt", "ge", "le", "eq", "ne", "isnan", "isfinite", "logical_and", "logical_or", "logical_not"}
+_PERIOD = 4099
+"""A prime, so that the values do not repeat along a dim."""
+
+
+def replaces(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call is one of those that are not computed."""
+    name, tensors = func.overloadpacket.__name__, flat_tensors((args, kwargs))
+    if name not in _HEAVY and not (_is_light(func, name) and any(t.ndim > 3 and t.numel() > _LARGE for t in tensors)):
+        return False
+    return all(t.is_floating_point() and t.device.type != "meta" for t in tensors)
+
+
+def _is_light(func: Any, name: str) -> bool:
+    returns = func._schema.returns
+    if len(returns) != 1 or (func._schema.is_mutable and not name.endswith("_")):
+        return False
+    return name in _LIGHT or (torch.Tag.pointwise in func.tags and name not in _DECIDING)
+
+
+def made_up(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return a tensor as the call would, with values that depend on its shape alone."""
+    if func._schema.is_mutable:
+        target: Tensor = args[0]
+        return target
+    real = (args, kwargs)
+    device = flat_tensors(real)[0].device
+    meta_args, meta_kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), real)
+    shape: Tensor = func(*meta_args, **meta_kwargs)
+    base = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(0)).to(device, shape.dtype)
+    n = shape.numel()
+    return base.repeat(n // _PERIOD + 1)[:n].reshape(shape.shape)
