@@ -39,9 +39,9 @@ from widthkit.models import create_model, input_channels
 from widthkit.multiplier import uniform_widths
 from widthkit.plan import kept_units
 from widthkit.search import SEARCHERS, SearchResult, search
+from widthkit.search.build import make_searcher
 from widthkit.search.guided import make_guidance, make_model
 from widthkit.search.measured import describe_rows, network_of
-from widthkit.search.run import make_searcher
 from widthkit.search.sharing import parse_memory
 from widthkit.space import uniform_space
 from widthkit.stages import StagePlan, next_supernet, run_stages

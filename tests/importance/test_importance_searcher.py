@@ -12,7 +12,7 @@ from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.importance import unit_scores
 from widthkit.search import SEARCHERS, search
-from widthkit.search.run import make_searcher
+from widthkit.search.build import make_searcher
 from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import SearcherConformance, small_batch, small_graph, small_net

@@ -18,7 +18,7 @@ from widthkit.search.band import BAND, fullest
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.fill import Filler, filler, remark
 from widthkit.search.journal import Journal
-from widthkit.search.run import run_loop
+from widthkit.search.loop import run_loop
 from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net

@@ -14,7 +14,7 @@ from widthkit.errors import OptionError
 from widthkit.search import search as whole_search
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
-from widthkit.search.run import run_loop
+from widthkit.search.loop import run_loop
 from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import SearcherConformance, small_batch, small_graph, small_net

@@ -18,7 +18,7 @@ from widthkit.budget import Budget, Limit, parse_budget
 from widthkit.errors import OptionError
 from widthkit.expectation import Expectation, moments
 from widthkit.search import search
-from widthkit.search.run import make_searcher
+from widthkit.search.build import make_searcher
 from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net

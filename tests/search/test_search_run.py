@@ -17,7 +17,7 @@ from widthkit.export.dense import export
 from widthkit.search import SEARCHERS, Searcher, SearchResult, Trial, search
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
-from widthkit.search.run import describe
+from widthkit.search.outcome import describe
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.train import batch_statistics

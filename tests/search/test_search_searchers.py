@@ -15,7 +15,7 @@ from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.search.evaluator import Judgement
 from widthkit.search.journal import Journal
-from widthkit.search.run import run_loop
+from widthkit.search.loop import run_loop
 from widthkit.space import flops_bins, uniform_space
 from widthkit.trace import trace
 

@@ -14,9 +14,10 @@ from rich.console import Console
 from widthkit.bench.files import write
 from widthkit.budget import parse_budget
 from widthkit.models import create_model
+from widthkit.search.build import make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
-from widthkit.search.run import make_searcher, run_loop
+from widthkit.search.loop import run_loop
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.train import load_data, make_loader, train
 from widthkit.train.losses import cross_entropy

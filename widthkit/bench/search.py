@@ -20,11 +20,12 @@ from widthkit.bench.files import write
 from widthkit.budget import Budget, parse_budget
 from widthkit.models import create_model
 from widthkit.search.band import BAND
+from widthkit.search.build import make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.fill import best_inside, filler
 from widthkit.search.journal import Journal
+from widthkit.search.loop import run_loop
 from widthkit.search.result import Trial
-from widthkit.search.run import make_searcher, run_loop
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.space import SearchSpace, uniform_space
 from widthkit.supernet import make_supernet

@@ -118,7 +118,7 @@ def search_command(
 ) -> None:
     """Search widths in a trained supernet."""
     from widthkit.pipeline import Folder, Job
-    from widthkit.search.run import describe
+    from widthkit.search.outcome import describe
     from widthkit.train.parallel import process_index
 
     folder = Folder(run)

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from widthkit.budget import Budget, parse_budget, show_count
-from widthkit.errors import BudgetError, ModelError, OptionError
-from widthkit.graph import ChannelGraph, IntArray
-from widthkit.search.band import BAND
+from widthkit.budget import Budget, parse_budget
+from widthkit.search.build import history_of, make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
-from widthkit.search.fill import best_inside, filler, remark
-from widthkit.search.guided import GuidedSearch, TrainFn, make_guidance
+from widthkit.search.fill import Fullest, filler, remark
+from widthkit.search.guided import Guidance, GuidedSearch, TrainFn, make_guidance
+from widthkit.search.identity import identity_of
 from widthkit.search.journal import Journal
-from widthkit.search.measured import describe_rows, measure_result, network_of, remarks
-from widthkit.search.providers import Offer, provided
+from widthkit.search.loop import run_loop
+from widthkit.search.measured import network_of
+from widthkit.search.outcome import best_result, check_chosen, chosen_result, with_measurements
+from widthkit.search.providers import Offer
 from widthkit.search.result import SearchResult, Trial
-from widthkit.search.rounds import check_same, from_first, judge_round, launched
-from widthkit.search.searcher import SEARCHERS, Searcher
+from widthkit.search.rounds import check_same, from_first, launched
+from widthkit.search.searcher import Searcher
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
 from widthkit.train.parallel import broadcast_module, process_index
-
-KEPT = ("options", "history", "score_model", "score_model_options", "evaluations", "calibrate")
-"""Settings that results show."""
-_SAMPLED = 1 << 16
-"""Numbers of a held-out batch that tell two data sets apart."""
 
 
 def search(
@@ -103,12 +92,16 @@ def search(
     """
     limit = parse_budget(budget, net.graph, lambda widths: network_of(net, widths))
     limit.check(net.space)
-    rng = np.random.default_rng(seed)
     criterion = loss or cross_entropy()
     chosen = net.chosen()
     if chosen is not None:
         check_chosen(net, limit, chosen)
-    engine = make_searcher(searcher, net, limit, rng, options, Offer(net, loader, criterion))
+    offer = Offer(net, loader, criterion)
+
+    def build() -> Searcher:
+        return make_searcher(searcher, net, limit, np.random.default_rng(seed), options, offer)
+
+    engine = build()
     guidance = make_guidance(score_model, type(engine), evaluations, calibrate, train_fn, score_model_options)
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
     if guidance is not None and chosen is None:
@@ -116,240 +109,67 @@ def search(
     with launched(device) as place:
         judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, training=training, memory=memory)
         broadcast_module(net)
-        first = process_index() == 0
         if chosen is not None:
-            result = _policy_result(net, limit, judge, chosen, settings)
+            result = chosen_result(net, limit, judge, chosen, settings)
         else:
-            identity = _identity(net, judge, criterion, settings)
+            identity = identity_of(net, judge, criterion, settings)
             check_same(identity)
+            first = process_index() == 0
             journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
             known = from_first(journal.read) if resume else {}
             with _show(progress and first) as shown:
                 watchers = [f for f in (shown, on_trial) if f and first]
-                rest, guided = None, None
-                if guidance is not None:
-
-                    def again() -> Searcher:
-                        draws = np.random.default_rng(seed)
-                        return make_searcher(searcher, net, limit, draws, options, Offer(net, loader, criterion))
-
-                    guide = GuidedSearch(guidance, again, net.space, limit, judge, journal, known, watchers)
-                    guided = guide.run(seed)
-                    trials = guided.trials
-                else:
-                    trials = run_loop(engine, net.graph, judge, journal, known, watchers)
-                    rest = filler(net.space, limit, trials, seed)
-                    if rest is not None:
-                        trials += run_loop(rest, net.graph, judge, journal, known, watchers)
-            settings.update({name: len(records) for name, records in history_of(searcher, net).items()})
-            result = _result(net, limit, trials, settings)
-            if guided is not None:
-                result = guided.choose(result)
-            why = remark(net.space, limit, result.widths, rest.fullest if rest is not None else None)
-            if why is not None:
-                result.settings["remark"] = why
+                run = _Run(net, limit, judge, journal, known, watchers, settings)
+                result = run.plain(engine) if guidance is None else run.guided(build, guidance)
         result = from_first(lambda: with_measurements(result, net, limit))
         if out is not None:
             from_first(lambda: result.save(Path(out) / "search.json"))
     return result
 
 
-def make_searcher(
-    name: str,
-    net: Supernet,
-    budget: Budget,
-    rng: np.random.Generator,
-    options: Mapping[str, Any],
-    offer: Offer | None = None,
-) -> Searcher:
-    """Build a registered searcher for a supernet's space, with what it asks for of an offer.
+@dataclass(frozen=True)
+class _Run:
+    """What both ways of searching need."""
 
-    Raises:
-        PluginError: If no searcher has that name.
-        OptionError: If it does not take one of the options, or not with that value.
-    """
-    cls = SEARCHERS.get(name)
-    parameters = inspect.signature(cls).parameters
-    accepted = [p for p in parameters if p not in ("space", "budget", "rng")]
-    unknown = sorted(set(options) - set(accepted))
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
-        raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
-    try:
-        return cls(net.space, budget, rng, **options, **provided(cls, offer or Offer(net), options))
-    except (TypeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
+    net: Supernet
+    limit: Budget
+    judge: Evaluator
+    journal: Journal
+    known: dict[str, Judgement]
+    watchers: Sequence[Callable[[Trial, float], None]]
+    settings: dict[str, Any]
 
+    def plain(self, engine: Searcher) -> SearchResult:
+        """Let the supernet judge every proposal, then fill the budget up."""
+        trials = self._loop(engine)
+        rest = filler(self.net.space, self.limit, trials, self.settings["seed"])
+        if rest is not None:
+            trials += self._loop(rest)
+        return self._end(self._best(trials), None if rest is None else rest.fullest)
 
-def history_of(name: str, net: Supernet) -> dict[str, Any]:
-    """Return the widths that trained best, if a searcher asks for them: its result then depends on them."""
-    wanted = "history" in inspect.signature(SEARCHERS.get(name)).parameters
-    return {"history": net.width_history.records} if wanted else {}
-
-
-def run_loop(
-    engine: Searcher,
-    graph: ChannelGraph,
-    judge: Any,
-    journal: Journal,
-    known: dict[str, Judgement],
-    watchers: Sequence[Callable[[Trial, float], None]] = (),
-) -> list[Trial]:
-    """Ask, judge what is not known yet, tell. Searchers are deterministic, so a replay leads to the same state.
-
-    Args:
-        engine: The searcher.
-        graph: Prices the width vectors.
-        judge: Gives a width vector's judgement; see :func:`~widthkit.search.rounds.judge_round`.
-        journal: Gets every new judgement before anyone else hears of it.
-        known: Judgements by width vector as JSON; new ones are put in.
-        watchers: Called with every trial and the progress.
-
-    Returns:
-        Every trial on all of the data, in order.
-    """
-    trials: list[Trial] = []
-    while not engine.done:
-        asked = engine.ask()
-        if not asked:
-            break
-        fraction = engine.fraction
-        vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
-        keys = [_key(widths, fraction) for widths in vectors]
-        fresh = {key: widths for key, widths in zip(keys, vectors, strict=True) if key not in known}
-        shown = watchers if fraction == 1 else ()
-        for key, widths in zip(keys, vectors, strict=True):
-            if key in known:
-                _tell(shown, _trial(graph, widths, known[key]), engine.progress)
-        names = list(fresh)
-        for place, found in judge_round(judge if fraction == 1 else judge.at(fraction), list(fresh.values())):
-            known[names[place]] = found
-            journal.add(names[place], found)
-            _tell(shown, _trial(graph, fresh[names[place]], found), engine.progress)
-        if fraction == 1:
-            trials += [_trial(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
-        scores = [known[key].score for key in keys]
-        engine.tell(asked, [score if math.isfinite(score) else -math.inf for score in scores])
-    return trials
-
-
-def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) -> None:
-    """Refuse a budget that the widths chosen in training exceed.
-
-    Raises:
-        BudgetError: If so.
-    """
-    widths = {name: len(units) for name, units in chosen.items()}
-    if not budget.fits(net.graph, widths):
-        macs, params = net.graph.macs(widths), net.graph.params(widths)
-        raise BudgetError(
-            f"training chose widths of {show_count(macs)} MACs and {show_count(params)} params, which exceeds the "
-            f"budget {budget}; train again for this budget"
+    def guided(self, build: Callable[[], Searcher], guidance: Guidance) -> SearchResult:
+        """Let a score model judge, which learns from what the supernet says of few."""
+        guide = GuidedSearch(
+            guidance, build, self.net.space, self.limit, self.judge, self.journal, self.known, self.watchers
         )
+        guided = guide.run(self.settings["seed"])
+        return self._end(guided.choose(self._best(guided.trials)), None)
 
+    def _loop(self, engine: Searcher) -> list[Trial]:
+        return run_loop(engine, self.net.graph, self.judge, self.journal, self.known, self.watchers)
 
-def _policy_result(
-    net: Supernet, budget: Budget, judge: Any, chosen: Mapping[str, IntArray], settings: dict[str, Any]
-) -> SearchResult:
-    """Report what training chose, judged once; there is nothing to search."""
-    widths = {name: len(units) for name, units in chosen.items()}
-    found = judge(widths)
-    macs, params = net.graph.macs(widths), net.graph.params(widths)
-    trial = Trial(widths, found.score, found.loss, found.accuracy, macs, params)
-    result = _result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
-    result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
-    return result
+    def _best(self, trials: list[Trial]) -> SearchResult:
+        counts = {name: len(records) for name, records in history_of(self.settings["searcher"], self.net).items()}
+        return best_result(self.net, self.limit, trials, {**self.settings, **counts})
 
-
-def _key(widths: Mapping[str, int], fraction: float) -> str:
-    """Name a judgement in the journal."""
-    return json.dumps(widths if fraction == 1 else {"fraction": fraction, "widths": widths}, sort_keys=True)
-
-
-def _trial(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:
-    return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
-
-
-def _tell(watchers: Sequence[Callable[[Trial, float], None]], trial: Trial, progress: float) -> None:
-    for watch in watchers:
-        watch(trial, progress)
-
-
-def _result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[str, Any]) -> SearchResult:
-    inside = [t for t in trials if budget.fits(net.graph, t.widths)]
-    if not inside:
-        raise BudgetError(f"no judged network was inside the budget {budget}; the searcher proposed {len(trials)}")
-    best = best_inside(net.space, budget, inside, BAND) or best_inside(net.space, budget, inside)
-    if best is None:
-        raise ModelError(
-            f"none of the {len(inside)} networks inside the budget has a finite loss; the supernet diverged or the "
-            "held-out data holds NaN"
-        )
-    full = {"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()}
-    return SearchResult(
-        best.widths,
-        best.score,
-        best.accuracy,
-        best.macs,
-        best.params,
-        str(budget),
-        settings["searcher"],
-        settings["seed"],
-        full,
-        trials,
-        {
-            **{name: value for name, value in settings.items() if name in KEPT},
-            "strategy": repr(net.strategy),
-            "space_size": str(net.space.size),
-        },
-    )
-
-
-def with_measurements(result: SearchResult, net: Supernet, budget: Budget) -> SearchResult:
-    """Measure the best network where the budget is in memory or latency, and note what disappoints."""
-    rows = measure_result(net, budget, result.widths)
-    return replace(result, measured=rows, notes=remarks(rows, result.macs, result.full["macs"]))
-
-
-def _identity(net: Supernet, judge: Evaluator, loss: Loss, settings: Mapping[str, Any]) -> str:
-    """Hash what judgements depend on: settings, space, weights, criterion and held-out data."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
-    digest.update(repr([(g.name, g.options) for g in net.space.groups]).encode())
-    digest.update(repr(history_of(settings["searcher"], net)).encode())
-    digest.update(repr((net.strategy, getattr(loss, "__qualname__", type(loss).__qualname__))).encode())
-    for name, tensor in net.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    for inputs, targets, n in judge.batches:
-        digest.update(f"batch of {n}".encode())
-        for leaf in tree_leaves((inputs, targets)):
-            if isinstance(leaf, Tensor) and leaf.numel():
-                digest.update(_bytes(leaf.reshape(-1)[:: -(-leaf.numel() // _SAMPLED)]))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    def _end(self, result: SearchResult, fullest: Fullest | None) -> SearchResult:
+        why = remark(self.net.space, self.limit, result.widths, fullest)
+        if why is not None:
+            result.settings["remark"] = why
+        return result
 
 
 def _show(progress: bool) -> AbstractContextManager[Callable[[Trial, float], None] | None]:
     from widthkit.search.progress import SearchBar
 
     return SearchBar() if progress else nullcontext(None)
-
-
-def describe(result: SearchResult) -> str:
-    """Say for people what was found, at which cost; one line, and one more per note."""
-    share = result.macs / result.full["macs"]
-    accuracy = "" if result.accuracy is None else f", accuracy in the supernet {result.accuracy:.1%}"
-    diverged = sum(not math.isfinite(trial.score) for trial in result.trials)
-    lost = f", {diverged} of them without a finite loss" if diverged else ""
-    measured = "".join(f"; {phrase}" for phrase in describe_rows(result.measured))
-    notes = "".join(f"\nnote: {note}" for note in result.notes)
-    return (
-        f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
-        f"{accuracy}, {len(result.trials)} networks judged{lost}{measured}"
-        + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
-        + notes
-    )

@@ -1,0 +1,49 @@
+"""Build searchers by name, with what they ask for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from widthkit.budget import Budget
+from widthkit.errors import OptionError
+from widthkit.search.providers import Offer, provided
+from widthkit.search.searcher import SEARCHERS, Searcher
+from widthkit.supernet import Supernet
+
+
+def make_searcher(
+    name: str,
+    net: Supernet,
+    budget: Budget,
+    rng: np.random.Generator,
+    options: Mapping[str, Any],
+    offer: Offer | None = None,
+) -> Searcher:
+    """Build a registered searcher for a supernet's space, with what it asks for of an offer.
+
+    Raises:
+        PluginError: If no searcher has that name.
+        OptionError: If it does not take one of the options, or not with that value.
+    """
+    cls = SEARCHERS.get(name)
+    parameters = inspect.signature(cls).parameters
+    accepted = [p for p in parameters if p not in ("space", "budget", "rng")]
+    unknown = sorted(set(options) - set(accepted))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
+        raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
+    try:
+        return cls(net.space, budget, rng, **options, **provided(cls, offer or Offer(net), options))
+    except (TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
+
+
+def history_of(name: str, net: Supernet) -> dict[str, Any]:
+    """Return the widths that trained best, if a searcher asks for them: its result then depends on them."""
+    wanted = "history" in inspect.signature(SEARCHERS.get(name)).parameters
+    return {"history": net.width_history.records} if wanted else {}

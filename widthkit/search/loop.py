@@ -1,0 +1,75 @@
+"""Ask, judge, tell; every judgement is in the journal before anyone hears of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from widthkit.graph import ChannelGraph
+from widthkit.search.evaluator import Judgement
+from widthkit.search.journal import Journal
+from widthkit.search.result import Trial
+from widthkit.search.rounds import judge_round
+from widthkit.search.searcher import Searcher
+
+
+def run_loop(
+    engine: Searcher,
+    graph: ChannelGraph,
+    judge: Any,
+    journal: Journal,
+    known: dict[str, Judgement],
+    watchers: Sequence[Callable[[Trial, float], None]] = (),
+) -> list[Trial]:
+    """Ask, judge what is not known yet, tell. Searchers are deterministic, so a replay leads to the same state.
+
+    Args:
+        engine: The searcher.
+        graph: Prices the width vectors.
+        judge: Gives a width vector's judgement; see :func:`~widthkit.search.rounds.judge_round`.
+        journal: Gets every new judgement before anyone else hears of it.
+        known: Judgements by width vector as JSON; new ones are put in.
+        watchers: Called with every trial and the progress.
+
+    Returns:
+        Every trial on all of the data, in order.
+    """
+    trials: list[Trial] = []
+    while not engine.done:
+        asked = engine.ask()
+        if not asked:
+            break
+        fraction = engine.fraction
+        vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
+        keys = [_key(widths, fraction) for widths in vectors]
+        fresh = {key: widths for key, widths in zip(keys, vectors, strict=True) if key not in known}
+        shown = watchers if fraction == 1 else ()
+        for key, widths in zip(keys, vectors, strict=True):
+            if key in known:
+                _tell(shown, _trial(graph, widths, known[key]), engine.progress)
+        names = list(fresh)
+        for place, found in judge_round(judge if fraction == 1 else judge.at(fraction), list(fresh.values())):
+            known[names[place]] = found
+            journal.add(names[place], found)
+            _tell(shown, _trial(graph, fresh[names[place]], found), engine.progress)
+        if fraction == 1:
+            trials += [_trial(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
+        scores = [known[key].score for key in keys]
+        engine.tell(asked, [score if math.isfinite(score) else -math.inf for score in scores])
+    return trials
+
+
+def _key(widths: Mapping[str, int], fraction: float) -> str:
+    """Name a judgement in the journal."""
+    return json.dumps(widths if fraction == 1 else {"fraction": fraction, "widths": widths}, sort_keys=True)
+
+
+def _trial(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:
+    return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
+
+
+def _tell(watchers: Sequence[Callable[[Trial, float], None]], trial: Trial, progress: float) -> None:
+    for watch in watchers:
+        watch(trial, progress)

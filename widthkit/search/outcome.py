@@ -1,0 +1,106 @@
+"""From trials to a result, measured and described."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from widthkit.budget import Budget, show_count
+from widthkit.errors import BudgetError, ModelError
+from widthkit.graph import IntArray
+from widthkit.search.band import BAND
+from widthkit.search.fill import best_inside
+from widthkit.search.measured import describe_rows, measure_result, remarks
+from widthkit.search.result import SearchResult, Trial
+from widthkit.supernet import Supernet
+
+KEPT = ("options", "history", "score_model", "score_model_options", "evaluations", "calibrate")
+"""Settings that results show."""
+
+
+def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) -> None:
+    """Refuse a budget that the widths chosen in training exceed.
+
+    Raises:
+        BudgetError: If so.
+    """
+    widths = {name: len(units) for name, units in chosen.items()}
+    if not budget.fits(net.graph, widths):
+        macs, params = net.graph.macs(widths), net.graph.params(widths)
+        raise BudgetError(
+            f"training chose widths of {show_count(macs)} MACs and {show_count(params)} params, which exceeds the "
+            f"budget {budget}; train again for this budget"
+        )
+
+
+def chosen_result(
+    net: Supernet, budget: Budget, judge: Any, chosen: Mapping[str, IntArray], settings: dict[str, Any]
+) -> SearchResult:
+    """Report what training chose, judged once; there is nothing to search."""
+    widths = {name: len(units) for name, units in chosen.items()}
+    found = judge(widths)
+    macs, params = net.graph.macs(widths), net.graph.params(widths)
+    trial = Trial(widths, found.score, found.loss, found.accuracy, macs, params)
+    result = best_result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
+    result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
+    return result
+
+
+def best_result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[str, Any]) -> SearchResult:
+    """Return the best network inside the budget, among those that use more than 97% of it if there are any.
+
+    Raises:
+        BudgetError: If no trial is inside the budget.
+        ModelError: If none that is has a finite score.
+    """
+    inside = [t for t in trials if budget.fits(net.graph, t.widths)]
+    if not inside:
+        raise BudgetError(f"no judged network was inside the budget {budget}; the searcher proposed {len(trials)}")
+    best = best_inside(net.space, budget, inside, BAND) or best_inside(net.space, budget, inside)
+    if best is None:
+        raise ModelError(
+            f"none of the {len(inside)} networks inside the budget has a finite loss; the supernet diverged or the "
+            "held-out data holds NaN"
+        )
+    full = {"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()}
+    return SearchResult(
+        best.widths,
+        best.score,
+        best.accuracy,
+        best.macs,
+        best.params,
+        str(budget),
+        settings["searcher"],
+        settings["seed"],
+        full,
+        trials,
+        {
+            **{name: value for name, value in settings.items() if name in KEPT},
+            "strategy": repr(net.strategy),
+            "space_size": str(net.space.size),
+        },
+    )
+
+
+def with_measurements(result: SearchResult, net: Supernet, budget: Budget) -> SearchResult:
+    """Measure the best network where the budget is in memory or latency, and note what disappoints."""
+    rows = measure_result(net, budget, result.widths)
+    return replace(result, measured=rows, notes=remarks(rows, result.macs, result.full["macs"]))
+
+
+def describe(result: SearchResult) -> str:
+    """Say for people what was found, at which cost; one line, and one more per note."""
+    share = result.macs / result.full["macs"]
+    accuracy = "" if result.accuracy is None else f", accuracy in the supernet {result.accuracy:.1%}"
+    diverged = sum(not math.isfinite(trial.score) for trial in result.trials)
+    lost = f", {diverged} of them without a finite loss" if diverged else ""
+    measured = "".join(f"; {phrase}" for phrase in describe_rows(result.measured))
+    notes = "".join(f"\nnote: {note}" for note in result.notes)
+    return (
+        f"{show_count(result.macs)} MACs ({share:.1%} of the model), {show_count(result.params)} params"
+        f"{accuracy}, {len(result.trials)} networks judged{lost}{measured}"
+        + (f"; {result.settings['remark']}" if "remark" in result.settings else "")
+        + notes
+    )
