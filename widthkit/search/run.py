@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from widthkit.budget import Budget, parse_budget
+from widthkit.search.band import Fullest
 from widthkit.search.build import history_of, make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
-from widthkit.search.fill import Fullest, filler, remark
+from widthkit.search.fill import filler, remark
 from widthkit.search.guided import Guidance, GuidedSearch, TrainFn, make_guidance
 from widthkit.search.identity import identity_of
 from widthkit.search.journal import Journal
