@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	  --out out/demo --resume
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

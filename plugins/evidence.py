@@ -179,7 +179,7 @@ def constrain(mean: FloatArray, covariance: FloatArray, rows: FloatArray) -> Flo
 
     The dual of this quadratic program is a non-negative least squares problem with one variable per row.
 
-    >>> constrain(np.array([1.0, -2.0]), np.eye(2), np.eye(2)).tolist()
+    >>> np.abs(constrain(np.array([1.0, -2.0]), np.eye(2), np.eye(2))).round(6).tolist()
     [1.0, 0.0]
     """
     if not len(rows) or (rows @ mean >= 0).all():

@@ -135,6 +135,10 @@ class ChannelGraph:
     notes: tuple[str, ...] = ()
     program: Program | None = field(default=None, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A read-only mapping can neither be copied nor pickled; it is made again.
+        return {name: value for name, value in self.__dict__.items() if name != "groups"}
+
     @cached_property
     def groups(self) -> Mapping[str, ChannelGroup]:
         """Mapping group name -> :class:`ChannelGroup`, in the order of the traced run."""

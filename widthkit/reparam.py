@@ -52,6 +52,10 @@ def merge(model: nn.Module) -> nn.Module:
         raise ModelError(f"{type(model).__name__} has no block with fuse(), reparameterize() or switch_to_deploy()")
     # The walk looks at children only, so the model itself becomes one.
     outer = nn.Sequential(real_clone(model).eval())
+    hollow = any(p.is_meta for p in model.parameters())
+    for block in [m for m in outer.modules() if merges(m)] if hollow else []:
+        # Its weights have no values; then what stands beside them needs none either.
+        block.to("meta")
     try:
         with torch.no_grad():
             reparameterize_model(outer, inplace=True)
@@ -60,6 +64,9 @@ def merge(model: nn.Module) -> nn.Module:
     merged: nn.Module = outer[0]
     # A block made new layers, in torch's default precision and on the CPU.
     first = next(model.parameters())
-    merged.to(first.device, first.dtype)
+    if hollow:
+        merged.to(first.dtype)
+    else:
+        merged.to(first.device, first.dtype)
     merged.requires_grad_(True)
     return merged.eval()

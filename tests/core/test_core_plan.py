@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -179,3 +182,11 @@ def test_growing_by_nothing_changes_nothing():
     plan, same = grow(graph, graph.full)
     assert same is graph
     assert not plan.grows
+
+
+def test_a_graph_can_be_copied_and_pickled_after_its_groups_were_read():
+    graph = trace(PlainChain(), SHAPE)
+    assert list(graph.groups) == ["stem.conv", "mid.conv"]
+    for twin in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert list(twin.groups) == list(graph.groups)
+        assert twin.macs({"mid.conv": 3}) == graph.macs({"mid.conv": 3})

@@ -183,12 +183,12 @@ class Afraid(GreedySearcher):
 
 
 class Spendthrift(GreedySearcher):
-    done = property(lambda self: self._judged_first)
+    done = property(lambda self: self._stage != "start")
 
 
 class Shared(GreedySearcher):
     def ask(self):
-        return [self._now] if not self._judged_first else super().ask()
+        return [self._now] if self._stage == "start" else super().ask()
 
 
 class Percent(GreedySearcher):

@@ -115,6 +115,7 @@ def test_a_part_of_the_data_is_the_first_examples_of_every_batch():
 
 def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
     options = {"loss": F.cross_entropy, "progress": False, "lazy": True, "race": 0.5, "finalists": 2}
+    options["score_model"] = None
     data = [small_batch(seed) for seed in range(2)]
     expected = whole_search(supernet(), data, "0.5x", out=tmp_path / "whole", **options)
     left = iter(range(5))

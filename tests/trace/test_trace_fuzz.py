@@ -1,6 +1,6 @@
 """All oracles on random networks, and a broken oracle that must be noticed."""
 
-from __future__ import annotations
+import copy
 
 import numpy as np
 import oracles
@@ -49,6 +49,7 @@ def test_a_wrong_graph_is_noticed(monkeypatch):
     import widthkit.bench.fuzz.run as run
 
     def wrong(model, graph, rng):
+        model = copy.deepcopy(model)
         with torch.no_grad():
             model.stem.weight[0] += 1
         return model
