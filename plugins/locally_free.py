@@ -20,6 +20,9 @@ from widthkit.strategy import Path, StepCost, Strategy, train_path
 from widthkit.supernet import Supernet
 from widthkit.train.step import StepContext
 
+_MOST_OFFSET = 4
+"""C(9, 5) = 126 patterns are run in a step; one more would be 462."""
+
 
 @dataclass(frozen=True)
 class LocallyFree(Strategy):
@@ -50,6 +53,12 @@ class LocallyFree(Strategy):
     def __post_init__(self) -> None:
         if self.offset < 0:
             raise OptionError(f"offset={self.offset}: it cannot be negative")
+        if self.offset > _MOST_OFFSET and self.patterns == "lockstep":
+            n = math.comb(2 * self.offset + 1, self.offset + 1)
+            raise OptionError(
+                f"offset={self.offset} stands for {n} patterns, each run in every step; take at most {_MOST_OFFSET}, "
+                "or patterns='layerwise', which samples them"
+            )
         if not 0 <= self.random_first <= 1:
             raise OptionError(f"random_first={self.random_first}: it is a share of the run, from 0 to 1")
         if self.patterns not in ("lockstep", "layerwise"):

@@ -50,7 +50,7 @@ class UniversallyAligned(Strategy):
         loss = step.loss(outputs, step.targets)
         step.backward(loss)
         step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-        teach = self.distill and can_distill(outputs, step.targets)
+        teach = self.distill and can_distill(outputs, step.targets, step.loss)
         for widths in [net.space.smallest, *(net.space.sample(rng) for _ in range(self.n_random))]:
             student = net.forward_on(net.paths(widths)[0], step)
             if teach:

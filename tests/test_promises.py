@@ -42,11 +42,11 @@ def test_public_names_are_few_and_exist():
     assert StepContext.__doc__
 
 
-# What an example's main() returns shows that it learned: coin flips are right for half of the labels, calling every
-# pixel background is right for 82 %, the best constant image is 0.29 off.
+# What an example's main() returns shows that it learned: coin flips are right for half of the labels, one class
+# for every pixel is right for a third of the classes, the best constant image is 0.29 off.
 LEARNED = {
     "multi_label.py": lambda accuracy: accuracy > 0.56,
-    "segmentation.py": lambda accuracy: accuracy > 0.7,
+    "segmentation.py": lambda accuracy: accuracy > 0.42,
     "image_to_image.py": lambda error: error < 0.2,
     "detection.py": lambda losses: losses[1] < losses[0],
 }

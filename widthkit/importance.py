@@ -193,6 +193,8 @@ def _samples(inputs: Any, targets: Any) -> list[tuple[Any, Any, int]]:
 
 def rankings(scores: Scores) -> dict[str, npt.NDArray[np.int64]]:
     """Group name -> units, the most important first; equal ones keep their order."""
+    if not isinstance(scores, Mapping):
+        raise OptionError(f"rank= is a criterion's name or a mapping of scores, not {scores!r}")
     return {name: np.argsort(-np.asarray(values), kind="stable") for name, values in scores.items()}
 
 

@@ -52,8 +52,10 @@ class JointNet(nn.Module):
         self, net: Supernet, networks: Sequence[Kept], *, distill: bool = True, private_affine: bool = True
     ) -> None:
         super().__init__()
-        if not networks:
-            raise OptionError("a joint network needs the widths of at least one network")
+        if not isinstance(net, Supernet):
+            raise OptionError(f"a joint network is made of a supernet, not of {type(net).__name__}; see make_supernet")
+        if not networks or isinstance(networks, (Mapping, str)):
+            raise OptionError("a joint network needs a list of widths of at least one network")
         if net.merges:
             raise OptionError(
                 "networks whose blocks merge cannot be trained jointly; their merged exports share nothing"
@@ -94,7 +96,7 @@ class JointNet(nn.Module):
             loss = step.loss(outputs, step.targets)
         step.backward(loss)
         step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-        teach = self.distill and can_distill(outputs, step.targets)
+        teach = self.distill and can_distill(outputs, step.targets, step.loss)
         for index in range(len(self.units)):
             if index != self.largest:
                 with step.amp():

@@ -192,6 +192,11 @@ class Folder:
         else:
             atomic_json(self.config_file, {"format": 1, **config.model_dump()})
 
+    @property
+    def finished(self) -> bool:
+        """Whether the final trainings are done: ``slim.safetensors`` then holds their network."""
+        return (self.path / "results.json").exists() and (self.path / "slim.json").exists()
+
     def _has_results(self) -> bool:
         """Whether anything beside the settings is here that another run would mix with."""
         return any(self.path.glob("*/**/*.safetensors")) or any(self.path.glob("search*.json*"))

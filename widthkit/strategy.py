@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import numpy as np
 from torch import Tensor, nn
 
-from widthkit.errors import OptionError
+from widthkit.errors import OptionError, PluginError
 from widthkit.graph import IntArray
 from widthkit.registry import Registry
 from widthkit.space import GroupChoices
+from widthkit.train.losses import is_cross_entropy
 from widthkit.train.step import StepContext
 
 if TYPE_CHECKING:
@@ -86,6 +88,13 @@ class Strategy(ABC):
         """List the sub-networks that stand for a width vector; by default path i takes path i of every group."""
         choices = {g.name: g for g in net.space.groups}
         per_group = [self.paths(width, choices[name]) for name, width in widths.items()]
+        counts = {len(found): name for name, found in zip(widths, per_group, strict=True)}
+        if len(counts) > 1:
+            (few, one), *_, (many, other) = sorted(counts.items())
+            raise PluginError(
+                f"strategy {type(self).__name__}: paths() must give equally many paths for every group, not {few} for "
+                f"'{one}' and {many} for '{other}'"
+            )
         return [dict(zip(widths, units, strict=True)) for units in zip(*per_group, strict=True)] if widths else [{}]
 
     def chosen(self, net: Supernet) -> dict[str, IntArray] | None:
@@ -118,10 +127,40 @@ STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "widthkit.strategies
 register = STRATEGIES.register
 
 
-def can_distill(outputs: Any, targets: Any) -> bool:
-    """Whether outputs are class scores ``[N, C, ...]`` for integer targets, so that a soft output can teach."""
+def check_paths(
+    strategy: Strategy, found: Sequence[Path], widths: Mapping[str, int], capacities: Mapping[str, int]
+) -> None:
+    """Refuse what a strategy gives as sub-networks if it is none.
+
+    Raises:
+        PluginError: Naming the strategy and the first group that is wrong.
+    """
+    who = f"strategy {type(strategy).__name__}"
+    if not found:
+        raise PluginError(f"{who}: paths() gives no path; every width needs at least one")
+    for path in found:
+        for name, width in widths.items():
+            units = path.get(name)
+            if (
+                not isinstance(units, np.ndarray)
+                or units.dtype.kind not in "iu"
+                or units.shape != (width,)
+                or units[0] < 0
+                or units[-1] >= capacities[name]
+                or (np.diff(units) <= 0).any()
+            ):
+                shown = " ".join(repr(units).split())[:60]
+                raise PluginError(
+                    f"{who}: a path of width {width} of group '{name}' must be an array of {width} ascending units "
+                    f"below {capacities[name]}, not {shown}"
+                )
+
+
+def can_distill(outputs: Any, targets: Any, loss: Any) -> bool:
+    """Whether a soft output can teach: class scores ``[N, C, ...]`` for integer targets, judged by cross entropy."""
     return (
-        isinstance(outputs, Tensor)
+        is_cross_entropy(loss)
+        and isinstance(outputs, Tensor)
         and isinstance(targets, Tensor)
         and outputs.ndim >= 2
         and not targets.is_floating_point()
@@ -149,6 +188,9 @@ def build(registry: Registry[Any], plugin: Any, options: Mapping[str, Any]) -> A
     if not isinstance(plugin, str):
         if options:
             raise OptionError(f"options {sorted(options)} go with a {registry.kind} name, not with an instance")
+        if registry.base is not None and not isinstance(plugin, registry.base):
+            made = f"; write {plugin.__name__}(...)" if isinstance(plugin, type) else ""
+            raise OptionError(f"a {registry.kind} is a registered name or an instance, not {plugin!r}{made}")
         return plugin
     cls = registry.get(plugin)
     known = inspect.signature(cls).parameters
@@ -165,5 +207,5 @@ def build(registry: Registry[Any], plugin: Any, options: Mapping[str, Any]) -> A
             raise OptionError(f"{registry.kind} '{plugin}': {name} must be {_NAMES[wanted]}, not {value!r}")
     try:
         return cls(**options)
-    except TypeError as error:
-        raise OptionError(f"{registry.kind} '{plugin}': {error}") from None
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{registry.kind} '{plugin}': {' '.join(str(error).split())}") from None

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from widthkit.borrow import Borrower
 from widthkit.clone import real_clone
-from widthkit.errors import OptionError, TraceError, WidthsError
+from widthkit.errors import OptionError, PluginError, TraceError, WidthsError
 from widthkit.gates import Gates
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.importance import Scores, arrange, rankings, unit_scores
 from widthkit.plan import Plan, apply_plan, grow, kept_units, make_plan
 from widthkit.reparam import merge
 from widthkit.space import Limit, SearchSpace, make_space
-from widthkit.strategy import Path, Strategy, make_strategy
+from widthkit.strategy import Path, Strategy, check_paths, make_strategy
 from widthkit.structure import Dense
 from widthkit.trace import trace
 from widthkit.train.history import WidthHistory
@@ -112,7 +112,9 @@ class Supernet(nn.Module):
             widest = self._choices[name].widest
             if not 1 <= width <= widest:
                 raise WidthsError(f"group '{name}': width {width} is outside 1..{widest}, the supernet's range")
-        return self.strategy.subnetworks(self, vector)
+        found = self.strategy.subnetworks(self, vector)
+        check_paths(self.strategy, found, vector, self.wide_graph.full)
+        return found
 
     def set_widths(self, widths: Kept | None = None, path: int = 0) -> Supernet:
         """Make a sub-network the active one and return the supernet.
@@ -258,6 +260,11 @@ def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:
     capacities = {}
     for choices in space.groups:
         capacity = strategy.capacity(choices)
+        if not isinstance(capacity, (int, np.integer)) or isinstance(capacity, bool):
+            raise PluginError(
+                f"strategy {type(strategy).__name__}: capacity() of group '{choices.name}' must be a whole number, "
+                f"not {capacity!r}"
+            )
         if capacity < choices.widest:
             raise OptionError(
                 f"strategy {type(strategy).__name__} gives group '{choices.name}' {capacity} units, "
@@ -276,7 +283,8 @@ def _orders(space: SearchSpace, strategy: Strategy, scores: Scores) -> dict[str,
             raise OptionError(f"rank= needs {choices.width} scores for group '{choices.name}'")
         order = np.asarray(strategy.order(ranking, choices))
         capacity = max(strategy.capacity(choices), choices.width)
-        if not choices.width <= len(order) <= capacity or set(order[: choices.width]) != set(range(choices.width)):
+        fits = order.ndim == 1 and choices.width <= len(order) <= capacity
+        if not fits or set(order[: choices.width]) != set(range(choices.width)):
             raise OptionError(
                 f"strategy {type(strategy).__name__}: order() of group '{choices.name}' must name each of its "
                 f"{choices.width} units once, then at most {capacity - choices.width} copies"

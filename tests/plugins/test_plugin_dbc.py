@@ -188,7 +188,7 @@ def test_widths_come_out_of_training_within_one_percent(target):
     x = batches[0][0]
     a, b = (wk.export(net, kept).eval() for kept in (found.widths, units))
     assert torch.equal(a(x), b(x))
-    with pytest.raises(BudgetError, match="train again for this budget"):
+    with pytest.raises(BudgetError, match="train a new supernet for this budget"):
         wk.search(net, batches, f"{target / 2}x", progress=False)
 
 

@@ -106,4 +106,11 @@ def test_what_makes_no_sense_is_refused():
         JointNet(net, [])
     with pytest.raises(OptionError, match="network 3 does not exist"):
         make().switch(3)
-    assert isinstance(make(), nn.Module)
+    with pytest.raises(OptionError, match="a list of widths"):
+        JointNet(net, {"stem.0": 3})
+    with pytest.raises(OptionError, match="made of a supernet, not of Sequential"):
+        JointNet(nn.Sequential(), [{}])
+    with pytest.raises(OptionError, match=r"has networks of its own.*networks\(\)"):
+        wk.export(make())
+    with pytest.raises(OptionError, match="JointNet is no supernet"):
+        wk.search(make(), [], "0.5x")

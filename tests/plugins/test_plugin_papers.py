@@ -13,6 +13,7 @@ from widthkit.space import GroupChoices, SearchSpace
 from widthkit.strategy import can_distill
 from widthkit.supernet import make_supernet
 from widthkit.testing import make_step
+from widthkit.train.losses import cross_entropy
 
 WIDTH = 7
 
@@ -236,7 +237,11 @@ def test_ua_falls_back_to_targets_that_no_soft_output_can_teach():
     ],
 )
 def test_what_can_be_distilled(outputs, targets, expected):
-    assert can_distill(outputs, targets) is expected
+    assert can_distill(outputs, targets, F.cross_entropy) is expected
+    assert can_distill(outputs, targets, cross_entropy(0.1)) is expected
+    assert can_distill(outputs, targets, nn.CrossEntropyLoss()) is expected
+    # Another loss says something else about the outputs than soft labels do.
+    assert not can_distill(outputs, targets, F.multi_margin_loss)
 
 
 def test_ua_ranges_from_0_15_to_1_5():

@@ -13,8 +13,11 @@ from widthkit_plugins.greedy import GreedySearcher
 from widthkit_plugins.random_search import RandomSearcher
 from widthkit_plugins.ua import UniversallyAligned
 
+from widthkit.errors import OptionError, PluginError
 from widthkit.strategy import StepCost, Strategy
+from widthkit.supernet import make_supernet
 from widthkit.testing import SearcherConformance, StrategyConformance
+from widthkit.testing.examples import small_graph, small_net
 
 
 def derived(base, **methods):
@@ -215,3 +218,45 @@ def test_a_broken_searcher_fails(searcher, test, arguments):
     with pytest.raises(Exception, match=r".") as caught:
         getattr(suite, test)(searcher, *arguments)
     assert not isinstance(caught.value, (AttributeError, NameError))
+
+
+class Uneven(UniversallyAligned):
+    def paths(self, width, choices):
+        return super().paths(width, choices) * (2 if choices.name == "stem.0" else 1)
+
+
+class Empty(UniversallyAligned):
+    def paths(self, width, choices):
+        return ()
+
+
+class Past(UniversallyAligned):
+    def paths(self, width, choices):
+        return (np.arange(width) + choices.widest,)
+
+
+class Listed(UniversallyAligned):
+    def paths(self, width, choices):
+        return (list(range(width)),)
+
+
+class Half(UniversallyAligned):
+    def capacity(self, choices):
+        return choices.widest / 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (Uneven, "Uneven: paths.. must give equally many paths"),
+        (Empty, "Empty: paths.. gives no path"),
+        (Past, "Past: a path of width 2 of group 'stem.0' must be an array of 2 ascending units below 8"),
+        (Listed, "Listed: a path of width 2"),
+        (Half, "Half: capacity.. of group 'stem.0' must be a whole number"),
+        (UniversallyAligned, "not an instance|registered name or an instance"),
+    ],
+)
+def test_a_strategy_that_is_wrong_at_work_is_named(strategy, words):
+    given = strategy if strategy is UniversallyAligned else strategy()
+    with pytest.raises((PluginError, OptionError), match=words):
+        make_supernet(small_net(), given, graph=small_graph(), k=4).paths(dict.fromkeys(small_graph().group_names, 2))

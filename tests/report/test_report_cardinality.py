@@ -34,7 +34,7 @@ def test_bc():
 
 
 def test_bc_from_a_base_width_up_is_uneven():
-    # BCNetV2, Eq. 19: with base width l_s both ends always hold it, whatever the width; the middle is used less.
+    # BCNetV2, Eq. 19: with base width l_s both ends always hold it, whatever the width; the ends are used less.
     judged = count(BilaterallyCoupled(), WIDTH, BASE).judged.sum(0)
     expected = [sum(int(c <= w) + int(c > WIDTH - w) for w in range(BASE, WIDTH + 1)) for c in CHANNELS]
     assert judged.tolist() == expected

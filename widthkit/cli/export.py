@@ -31,11 +31,14 @@ def export_command(
     ] = None,
 ) -> None:
     """Write a slim network in any format; every file is checked against the network before it is kept."""
+    from widthkit.export import check_formats
+
     form: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "fold_bn": fold_bn}
     form["device"] = device or "cpu"
     chosen = formats or ["safetensors"]
+    check_formats(chosen, **form)
     if run.is_dir() or not run.with_suffix(".json").exists():
-        written = _from_run(run, widths, out, chosen, form)
+        written = _from_run(run, widths, out, chosen, form, allow or [])
     else:
         written = _from_file(run, widths, out, chosen, form, shape_of(input_shape), allow or [])
     for path in written:
@@ -43,15 +46,24 @@ def export_command(
 
 
 def _from_run(
-    run: Path, widths: Path | None, out: Path | None, formats: list[str], form: dict[str, Any]
+    run: Path, widths: Path | None, out: Path | None, formats: list[str], form: dict[str, Any], allow: list[str]
 ) -> tuple[Path, ...]:
     from widthkit.pipeline import Folder, Job
 
     folder = Folder(run)
     job = Job(folder.config(), folder)
+    if widths is None and folder.finished:
+        typer.echo("a finished run: exporting its trained network; --widths takes the supernet's weights", err=True)
+        return _from_file(folder.path / "slim", None, out, formats, form, None, allow)
     chosen = read_widths(widths) if widths else folder.result().widths
     job.require_supernet()
-    return job.export_slim(chosen, out or folder.path / "slim", formats, **form)
+    return job.export_slim(chosen, out or _named(folder.path / "slim", form), formats, **form)
+
+
+def _named(path: Path, form: dict[str, Any]) -> Path:
+    """Name files of another form than the network's own after it, so that they do not replace its files."""
+    tags = [form["dtype"] or "", "channels-last" * form["channels_last"], "folded" * form["fold_bn"]]
+    return path.with_name("-".join([path.name, *filter(None, tags)]))
 
 
 def _from_file(
@@ -73,7 +85,7 @@ def _from_file(
     known = origin.model if origin else None
     return save(
         slim,
-        out or path,
+        out or _named(path, form),
         formats=formats,
         model=known.name if known else None,
         kwargs=known.kwargs if known else None,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from widthkit.errors import OptionError
 from widthkit.export.info import refresh_feature_info
 from widthkit.export.origin import Origin, after, origin_of, set_origin
 from widthkit.graph import ChannelGraph, IntArray, Kept
@@ -51,6 +52,8 @@ def export(
     """
     if isinstance(net, Supernet):
         return _from_supernet(net, widths, path)
+    if callable(getattr(net, "networks", None)):
+        raise OptionError(f"{type(net).__name__} has networks of its own; call networks(), which returns them dense")
     graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
     plan = make_plan(graph, widths)
     slim = apply_plan(net, plan)

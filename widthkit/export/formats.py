@@ -125,6 +125,22 @@ def save(
         return staged.place(paths_of(path)[0].parent)
 
 
+def check_formats(
+    formats: Sequence[str],
+    *,
+    dtype: str | None = None,
+    channels_last: bool = False,
+    fold_bn: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Refuse formats and variants that do not exist, before anything is loaded.
+
+    Raises:
+        OptionError: With the close matches.
+    """
+    _check_options(formats, Variant(dtype, channels_last, fold_bn, device))
+
+
 def _check_options(formats: Sequence[str], variant: Variant) -> list[str]:
     known = ["safetensors", *FORMATS]
     if isinstance(formats, str):

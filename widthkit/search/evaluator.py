@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from widthkit.errors import DataError, OptionError
+from widthkit.errors import DataError, OptionError, PluginError
 from widthkit.search.sharing import (
     Sharing,
     generator_states,
@@ -114,11 +114,15 @@ class Evaluator:
             losses.append(loss)
             accuracies.append(top1)
         known = [a for a in accuracies if a is not None]
-        return Judgement(
-            float(self.net.strategy.combine(scores)),
-            sum(losses) / len(losses),
-            float(self.net.strategy.combine(known)) if known else None,
-        )
+        return Judgement(self._combine(scores), sum(losses) / len(losses), self._combine(known) if known else None)
+
+    def _combine(self, scores: Sequence[float]) -> float:
+        found = self.net.strategy.combine(scores)
+        try:
+            return float(found)
+        except (TypeError, ValueError):
+            name = type(self.net.strategy).__name__
+            raise PluginError(f"strategy {name}: combine() must return a number, not {found!r}") from None
 
     @contextmanager
     def _training_mode(self) -> Iterator[None]:

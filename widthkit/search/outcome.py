@@ -31,7 +31,7 @@ def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) 
         macs, params = net.graph.macs(widths), net.graph.params(widths)
         raise BudgetError(
             f"training chose widths of {show_count(macs)} MACs and {show_count(params)} params, which exceeds the "
-            f"budget {budget}; train again for this budget"
+            f"budget {budget}; make and train a new supernet for this budget"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from widthkit.budget import Budget, parse_budget
+from widthkit.errors import OptionError
 from widthkit.search.band import Fullest
 from widthkit.search.build import history_of, make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
@@ -91,6 +92,8 @@ def search(
         CheckpointError: If ``resume`` finds a journal of another search.
         ModelError: If no network inside the budget got a finite score.
     """
+    if not isinstance(net, Supernet):
+        raise OptionError(f"{type(net).__name__} is no supernet, so there are no widths to search; see make_supernet")
     limit = parse_budget(budget, net.graph, lambda widths: network_of(net, widths))
     limit.check(net.space)
     criterion = loss or cross_entropy()

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from widthkit.errors import DataError, ModelError, OptionError
 
 Loss = Callable[[Any, Any], Tensor]
+
+
+_MADE: WeakSet[Loss] = WeakSet()
+"""Criteria of :func:`cross_entropy`."""
+
+
+def is_cross_entropy(loss: Any) -> bool:
+    """Whether a criterion is cross entropy: this module's, torch's function or torch's module.
+
+    >>> is_cross_entropy(cross_entropy(0.1)), is_cross_entropy(nn.MSELoss())
+    (True, False)
+    """
+    loss = inspect.unwrap(loss)
+    if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss):
+        return True
+    return any(loss is made for made in _MADE)
 
 
 def cross_entropy(smoothing: float = 0.0) -> Loss:
@@ -44,6 +62,7 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
         return F.cross_entropy(_at_least_single(logits), targets, label_smoothing=smoothing)
 
     criterion.__qualname__ = f"cross_entropy({smoothing})"
+    _MADE.add(criterion)
     return criterion
 
 
