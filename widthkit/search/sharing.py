@@ -38,10 +38,10 @@ def parse_memory(memory: str | int) -> int:
     >>> parse_memory("2GB"), parse_memory("1.5 MB"), parse_memory(1000)
     (2000000000, 1500000, 1000)
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)B?\s*", str(memory).upper())
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kKMGT]?)B?\s*", str(memory))
     if match is None:
         raise OptionError(f"memory '{memory}' is not an amount; write it like 2GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def sharing_order(net: Supernet, vectors: Sequence[Mapping[str, int]]) -> list[int]:
