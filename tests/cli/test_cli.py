@@ -87,6 +87,22 @@ def test_a_finished_run_is_not_overwritten_and_resume_repeats_its_result(run, ca
     assert "lr=0.01" in other.stderr
 
 
+def test_export_of_a_finished_run_takes_the_trained_network(run, tmp_path, capfd, monkeypatch):
+    out, _, _ = run
+    files = {p.name: p.read_bytes() for p in out.glob("slim*")}
+    done = here(capfd, monkeypatch, "export", out, "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert "trained network" in done.stderr
+    trained, again = _weights(out / "slim.safetensors"), _weights(tmp_path / "again.safetensors")
+    assert trained.keys() == again.keys()
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+    # Another form has a name of its own.
+    done = here(capfd, monkeypatch, "export", out, "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert _weights(out / "slim-bf16.safetensors")["fc.weight"].dtype == torch.bfloat16
+    assert all((out / name).read_bytes() == content for name, content in files.items())
+
+
 def test_report_draws_from_the_files_alone(run, capfd, monkeypatch):
     out, _, _ = run
     first = (out / "widths.png").read_bytes()
