@@ -145,7 +145,8 @@ def draw_search(result: SearchResult) -> bytes:
     axes.scatter([t.macs / 1e6 for t in finite], [t.score for t in finite], s=10, color="#9aa5b1", label="judged")
     front = result.pareto
     axes.plot([t.macs / 1e6 for t in front], [t.score for t in front], color="#2f6f9f", marker=".", label="Pareto set")
-    axes.scatter([result.macs / 1e6], [result.score], color="#d1662b", zorder=3, label="chosen")
+    chosen = "chosen, by the score model" if "prediction" in result.settings else "chosen"
+    axes.scatter([result.macs / 1e6], [result.score], color="#d1662b", zorder=3, label=chosen)
     axes.set_xlabel("MACs (millions)")
     axes.set_ylabel("score in the supernet (minus loss)")
     how = "widths chosen" if result.searcher == "training" else f"{len(result.trials)} networks judged"
