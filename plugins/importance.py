@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +10,13 @@ import numpy.typing as npt
 from widthkit.budget import Budget
 from widthkit.errors import OptionError, close_matches
 from widthkit.importance import CRITERIA
-from widthkit.search.searcher import Searcher, WidthVector
+from widthkit.search.searcher import OneShotSearcher, WidthVector
 from widthkit.space import SearchSpace
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 
 
-class ImportanceSearcher(Searcher):
+class ImportanceSearcher(OneShotSearcher):
     """One-shot pruning: the units that matter least go, over all groups (DepGraph, Fang et al. 2023).
 
     Widths start at the narrowest choice and grow, the most important unit first, as long as the budget holds; a group
@@ -32,8 +31,6 @@ class ImportanceSearcher(Searcher):
         importance: From a criterion to a score per unit; the search provides it. Without it all units count alike.
     """
 
-    compares_scores = False
-
     def __init__(
         self,
         space: SearchSpace,
@@ -47,37 +44,12 @@ class ImportanceSearcher(Searcher):
             raise OptionError(f"unknown importance criterion '{criterion}': {close_matches(criterion, CRITERIA)}")
         self.criterion = criterion
         self._importance = importance
-        self._told = False
 
-    def ask(self) -> list[WidthVector]:
-        """The one candidate."""
-        if self._told:
-            return []
+    def propose(self) -> WidthVector:
+        """The widths that one ranking of all units leaves."""
         even = {g.name: np.ones(g.widest) for g in self.space.groups}
         scores = even if self._importance is None else self._importance(self.criterion)
-        return [prune(self.space, self.budget, scores)]
-
-    def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
-        """There is nothing to learn."""
-        self._told = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the candidate was judged."""
-        return {"told": self._told}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore that."""
-        self._told = bool(state["told"])
-
-    @property
-    def done(self) -> bool:
-        """Whether the candidate was judged."""
-        return self._told
-
-    @property
-    def progress(self) -> float:
-        """0 or 1."""
-        return float(self._told)
+        return prune(self.space, self.budget, scores)
 
 
 def prune(space: SearchSpace, budget: Budget, scores: Scores) -> WidthVector:

@@ -71,5 +71,45 @@ class Searcher(ABC):
         """How far the search has come, from 0 to 1; an estimate is fine."""
 
 
+class OneShotSearcher(Searcher):
+    """Proposes one width vector and is done: a baseline that compares no scores."""
+
+    compares_scores = False
+
+    def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
+        super().__init__(space, budget, rng)
+        self._told = False
+
+    @abstractmethod
+    def propose(self) -> WidthVector:
+        """Return the one candidate."""
+
+    def ask(self) -> list[WidthVector]:
+        """The one candidate, once."""
+        return [] if self._told else [self.propose()]
+
+    def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
+        """There is nothing to learn."""
+        self._told = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the candidate was judged."""
+        return {"told": self._told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore that."""
+        self._told = bool(state["told"])
+
+    @property
+    def done(self) -> bool:
+        """Whether the candidate was judged."""
+        return self._told
+
+    @property
+    def progress(self) -> float:
+        """0 or 1."""
+        return float(self._told)
+
+
 SEARCHERS: Registry[type[Searcher]] = Registry("searcher", "widthkit.searchers", Searcher)
 register = SEARCHERS.register
