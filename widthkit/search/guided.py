@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from widthkit.search.band import BAND, fullest
 from widthkit.search.design import candidates, d_optimal, design_columns
 from widthkit.search.evaluator import Judgement
 from widthkit.search.journal import Journal
+from widthkit.search.loop import judge_new, key_of, trial_of
 from widthkit.search.result import SearchResult, Trial
-from widthkit.search.rounds import from_first, judge_round
+from widthkit.search.rounds import from_first
 from widthkit.search.score_model import SCORE_MODELS, Observations, ScoreModel
 from widthkit.search.searcher import Searcher, WidthVector
 from widthkit.space import SearchSpace
@@ -259,7 +259,7 @@ class GuidedSearch:
             return
         for row in d_optimal(design_columns(self.space, pool), self.guidance.calibrate, self.rng):
             widths = self._named(pool[row])
-            key = "stand-alone " + json.dumps(widths, sort_keys=True)
+            key = "stand-alone " + key_of(widths)
             if key not in self.known:
                 accuracy = float(from_first(partial(train, dict(widths))))
                 self.known[key] = Judgement(accuracy, math.nan, accuracy)
@@ -281,15 +281,13 @@ class GuidedSearch:
         self.model.fit(scores, real if len(real) else None)
 
     def _judge_all(self, widths: IntArray) -> None:
-        vectors = {json.dumps(self._named(row), sort_keys=True): self._named(row) for row in widths}
-        fresh = [key for key in vectors if key not in self.known]
-        for place, found in judge_round(self.judge, [vectors[key] for key in fresh]):
-            self.known[fresh[place]] = found
-            self.journal.add(fresh[place], found)
-            self._show(self._trial(vectors[fresh[place]], found))
+        vectors = {key_of(named): named for named in map(self._named, widths)}
+        replayed = vectors.keys() & self.known.keys()
+        for named, found in judge_new(self.judge, vectors, self.journal, self.known):
+            self._show(trial_of(self.space.graph, named, found))
         for key, named in vectors.items():
-            self.trials.append(self._trial(named, self.known[key]))
-            if key not in fresh:
+            self.trials.append(trial_of(self.space.graph, named, self.known[key]))
+            if key in replayed:
                 self._show(self.trials[-1])
 
     def _measure(self, row: IntArray) -> Trial:
@@ -300,10 +298,6 @@ class GuidedSearch:
             return old
         self._judge_all(np.asarray(row)[None])
         return self.trials[-1]
-
-    def _trial(self, widths: WidthVector, found: Judgement) -> Trial:
-        graph = self.space.graph
-        return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
 
     def _show(self, trial: Trial) -> None:
         for watch in self.watchers:

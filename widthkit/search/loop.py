@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from widthkit.graph import ChannelGraph
@@ -43,30 +43,49 @@ def run_loop(
             break
         fraction = engine.fraction
         vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
-        keys = [_key(widths, fraction) for widths in vectors]
-        fresh = {key: widths for key, widths in zip(keys, vectors, strict=True) if key not in known}
+        keys = [key_of(widths, fraction) for widths in vectors]
         shown = watchers if fraction == 1 else ()
         for key, widths in zip(keys, vectors, strict=True):
             if key in known:
-                _tell(shown, _trial(graph, widths, known[key]), engine.progress)
-        names = list(fresh)
-        for place, found in judge_round(judge if fraction == 1 else judge.at(fraction), list(fresh.values())):
-            known[names[place]] = found
-            journal.add(names[place], found)
-            _tell(shown, _trial(graph, fresh[names[place]], found), engine.progress)
+                _tell(shown, trial_of(graph, widths, known[key]), engine.progress)
+        part = judge if fraction == 1 else judge.at(fraction)
+        for widths, found in judge_new(part, dict(zip(keys, vectors, strict=True)), journal, known):
+            _tell(shown, trial_of(graph, widths, found), engine.progress)
         if fraction == 1:
-            trials += [_trial(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
+            trials += [trial_of(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
         scores = [known[key].score for key in keys]
         engine.tell(asked, [score if math.isfinite(score) else -math.inf for score in scores])
     return trials
 
 
-def _key(widths: Mapping[str, int], fraction: float) -> str:
+def judge_new(
+    judge: Any, vectors: Mapping[str, dict[str, int]], journal: Journal, known: dict[str, Judgement]
+) -> Iterator[tuple[dict[str, int], Judgement]]:
+    """Judge the width vectors that are not known yet.
+
+    Args:
+        judge: As in :func:`run_loop`.
+        vectors: Name in the journal (:func:`key_of`) -> width vector.
+        journal: Gets every judgement before it is yielded.
+        known: Gets them too.
+
+    Yields:
+        A new width vector and its judgement, as soon as it is known.
+    """
+    fresh = [key for key in vectors if key not in known]
+    for place, found in judge_round(judge, [vectors[key] for key in fresh]):
+        known[fresh[place]] = found
+        journal.add(fresh[place], found)
+        yield vectors[fresh[place]], found
+
+
+def key_of(widths: Mapping[str, int], fraction: float = 1.0) -> str:
     """Name a judgement in the journal."""
     return json.dumps(widths if fraction == 1 else {"fraction": fraction, "widths": widths}, sort_keys=True)
 
 
-def _trial(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:
+def trial_of(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:
+    """Join widths, judgement and costs."""
     return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
 
 

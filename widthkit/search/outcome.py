@@ -12,6 +12,7 @@ from widthkit.errors import BudgetError, ModelError
 from widthkit.graph import IntArray
 from widthkit.search.band import BAND
 from widthkit.search.fill import best_inside
+from widthkit.search.loop import trial_of
 from widthkit.search.measured import describe_rows, measure_result, remarks
 from widthkit.search.result import SearchResult, Trial
 from widthkit.supernet import Supernet
@@ -40,9 +41,7 @@ def chosen_result(
 ) -> SearchResult:
     """Report what training chose, judged once; there is nothing to search."""
     widths = {name: len(units) for name, units in chosen.items()}
-    found = judge(widths)
-    macs, params = net.graph.macs(widths), net.graph.params(widths)
-    trial = Trial(widths, found.score, found.loss, found.accuracy, macs, params)
+    trial = trial_of(net.graph, widths, judge(widths))
     result = best_result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
     result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
     return result
