@@ -186,7 +186,7 @@ class Supernet(nn.Module):
         if self.merges:
             assert self._gates is not None
             return self._gates.run(self._open(units), args, kwargs)
-        with self._borrower.lend(self._prepare(units)):
+        with self._borrower.lend(self.prepare(units)):
             return self.model(*args, **kwargs)
 
     def _open(self, units: Path) -> Tensor:
@@ -195,10 +195,6 @@ class Supernet(nn.Module):
             parts.append(torch.zeros(width))
             parts[-1][torch.from_numpy(units[name])] = 1
         return torch.cat(parts).to(model_device(self.model))
-
-    def prepare(self, units: Path) -> Any:
-        """Prepare a sub-network for :meth:`lend`."""
-        return self._prepare(units)
 
     def lend(self, prepared: Any) -> AbstractContextManager[nn.Module]:
         """Hold a prepared sub-network's tensors in the model."""
@@ -234,7 +230,8 @@ class Supernet(nn.Module):
     def direct_gradients(self, value: bool) -> None:
         self._borrower.direct = value
 
-    def _prepare(self, units: Path) -> Any:
+    def prepare(self, units: Path) -> Any:
+        """Prepare a sub-network for :meth:`lend`; those used last are kept."""
         key = tuple(np.ascontiguousarray(units[name]).tobytes() for name in self.wide_graph.group_names)
         if key not in self._prepared:
             self._prepared[key] = self._borrower.compile(make_plan(self.wide_graph, units))
