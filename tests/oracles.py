@@ -6,8 +6,6 @@ Every check runs the model in float64. A tolerance of 1e-10 covers sums in anoth
 from __future__ import annotations
 
 import copy
-import warnings
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from widthkit.bench.oracles import fvcore_macs, n_params, permuted
 from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray, Site
 from widthkit.plan import apply_plan, grow, make_plan
 from widthkit.supernet import Supernet, make_supernet
 
 TOLERANCE = 1e-10
-_OPERATORS = ("conv", "linear", "matmul", "bmm", "einsum", "addmm", "baddbmm")
 
 
 def run(model: nn.Module, x: Any) -> list[Tensor]:
@@ -61,29 +59,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def permute(model: nn.Module, graph: ChannelGraph, names: list[str], rng: np.random.Generator) -> nn.Module:
-    """A copy whose units of the named groups have changed places, at all their sites."""
-    model = copy.deepcopy(model)
-    tensors = tensors_of(model)
-    for name in names:
-        group = graph.groups[name]
-        order = rng.permutation(group.width)
-        if group.width > 1 and (order == np.arange(group.width)).all():
-            order = np.roll(order, 1)
-        for site in group.sites:
-            tensor = tensors[site.tensor].data
-            index = np.arange(tensor.shape[site.dim])
-            index[site.index.reshape(-1)] = site.index[order].reshape(-1)
-            tensor.copy_(tensor.index_select(site.dim, torch.from_numpy(index)))
-    return model
-
-
 def check_permutation(model: nn.Module, graph: ChannelGraph, x: Any, rng: np.random.Generator, *, each: bool) -> None:
     """Permute groups one by one, or all at once: the outputs must not change."""
     expected = run(model, x)
     names = list(graph.groups)
     for chosen in [[n] for n in names] if each else [names]:
-        assert_same(run(permute(model, graph, chosen, rng), x), expected, f"permuting {chosen}")
+        assert_same(run(permuted(model, graph, rng, chosen), x), expected, f"permuting {chosen}")
 
 
 def reads(model: nn.Module, site: Site) -> bool:
@@ -138,28 +119,9 @@ def check_growth(model: nn.Module, graph: ChannelGraph, x: Any, rng: np.random.G
     assert_same(run(back, x), run(model, x), "growing and shrinking back")
 
 
-def n_params(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def fvcore_macs(model: nn.Module, x: Any) -> int:
-    """Multiply-adds that fvcore counts for convolutions and matrix products."""
-    import logging
-
-    from fvcore.nn import FlopCountAnalysis
-
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
-    inputs = tuple(x.values()) if isinstance(x, dict) else (x,)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        counts: Counter[str] = analysis.tracer_warnings("none").by_operator()
-    return int(sum(counts[name] for name in _OPERATORS))
-
-
 def check_cost(model: nn.Module, graph: ChannelGraph, x: Tensor, units: Mapping[str, Any]) -> None:
     """MACs and parameters of the exported network, to the last digit."""
     slim = export(model, units, graph=graph)
     widths = {n: len(u) if hasattr(u, "__len__") else u for n, u in units.items()}
     assert graph.params(widths) == n_params(slim)
-    assert graph.macs(widths) == fvcore_macs(slim, x[:1])
+    assert graph.macs(widths) == fvcore_macs(slim, (x[:1],))

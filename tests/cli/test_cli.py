@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from command import here
 
 import widthkit as wk
-from widthkit.cli import main
 from widthkit.errors import OptionError
 from widthkit.pipeline import Folder, RunConfig
 from widthkit.report.run import remarks
@@ -28,16 +27,6 @@ def widthkit(*args, cwd=None, **kwargs):
         [sys.executable, "-m", "widthkit", *map(str, args)],
         capture_output=True, text=True, env=env, cwd=cwd or ROOT, timeout=280, **kwargs,
     )  # fmt: skip
-
-
-def here(capfd, monkeypatch, *args):
-    """Run the command line inside this process, which saves the seconds of importing torch."""
-    monkeypatch.setattr(sys, "argv", ["widthkit", *map(str, args)])
-    monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(SystemExit) as left:
-        main()
-    out, err = capfd.readouterr()
-    return SimpleNamespace(returncode=left.value.code, stdout=out, stderr=err)
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,12 @@
 """``widthkit export`` in other formats, from a run and from a saved network."""
 
 import json
-import sys
 
 import pytest
 import torch
+from command import here
 
 import widthkit as wk
-from widthkit.cli import main
-
-
-def here(monkeypatch, capfd, *args):
-    monkeypatch.setattr(sys, "argv", ["widthkit", *map(str, args)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    out, err = capfd.readouterr()
-    return left.value.code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +21,7 @@ def saved(tmp_path_factory):
 def test_a_saved_network_in_another_format(saved, tmp_path, monkeypatch, capfd):
     slim, path = saved
     args = ["--format", "pt2", "--dtype", "bf16", "--channels-last", "--fold-bn", "--input", "2,3,32,32"]
-    code, out, err = here(monkeypatch, capfd, "export", path, *args, "--out", tmp_path / "b")
+    code, out, err = here(capfd, monkeypatch, "export", path, *args, "--out", tmp_path / "b")
     assert (code, out.strip()) == (0, str(tmp_path / "b.pt2")), err
     assert "largest difference" in err
     record = json.loads((tmp_path / "b.pt2.json").read_text())
@@ -49,7 +40,7 @@ def test_a_saved_network_in_another_format(saved, tmp_path, monkeypatch, capfd):
     ],
 )
 def test_refusals_are_one_line(saved, monkeypatch, capfd, args, message):
-    code, _, err = here(monkeypatch, capfd, "export", saved[1], *args)
+    code, _, err = here(capfd, monkeypatch, "export", saved[1], *args)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
 
@@ -57,10 +48,10 @@ def test_refusals_are_one_line(saved, monkeypatch, capfd, args, message):
 def test_a_run_in_another_format(tmp_path, monkeypatch, capfd):
     run = tmp_path / "run"
     tiny = ["--data", "digits", "--image-size", "32", "--limit", "40", "--batch-size", "20", "--k", "4"]
-    assert here(monkeypatch, capfd, "train", "timm/resnet10t", *tiny, "--epochs", "1", "--out", run)[0] == 0
+    assert here(capfd, monkeypatch, "train", "timm/resnet10t", *tiny, "--epochs", "1", "--out", run)[0] == 0
     widths = tmp_path / "w.json"
     widths.write_text(json.dumps({"layer1.0.conv1": 16, "layer4.0.conv1": 128}))
-    code, out, err = here(monkeypatch, capfd, "export", run, "--widths", widths, "--format", "pt2")
+    code, out, err = here(capfd, monkeypatch, "export", run, "--widths", widths, "--format", "pt2")
     assert (code, out.strip()) == (0, str(run / "slim.pt2")), err
     assert "slim: largest difference from the supernet" in err
     assert "slim.pt2: largest difference from the network itself" in err

@@ -1,27 +1,17 @@
 """Score models from the command line: calibration by short trainings, and resuming them."""
 
 import json
-import sys
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
-
-from widthkit.cli import main
+from command import here
 
 TINY = ["--data", "digits", "--image-size", "32", "--limit", "40", "--batch-size", "20", "--k", "3", "--lr", "0.01"]
 
 
 @pytest.fixture
 def widthkit(capfd, monkeypatch):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["widthkit", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        return SimpleNamespace(returncode=left.value.code, stdout=out, stderr=err)
-
-    return run
+    return partial(here, capfd, monkeypatch)
 
 
 def test_a_calibrated_search_trains_by_design_and_resumes_to_the_same_bytes(widthkit, tmp_path):

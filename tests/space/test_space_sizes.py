@@ -3,17 +3,15 @@
 import itertools
 import json
 import math
-import sys
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from command import here
 from torch import nn
 
 import widthkit as wk
 from widthkit.budget import parse_budget
-from widthkit.cli import main
 from widthkit.report.space import draw_space, show_size, space_json
 from widthkit.space import SearchSpace, bin_sizes, flops_bins, make_space, uniform_space
 from widthkit.stages import StagePlan
@@ -148,34 +146,23 @@ def test_the_picture_is_a_png_and_depends_on_the_space():
     assert draw_space(SearchSpace(small_graph(), uniform_space(small_graph(), 1).groups), "one choice")
 
 
-def command(capfd, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["widthkit", *map(str, args)])
-    monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(SystemExit) as left:
-        main()
-    out, err = capfd.readouterr()
-    return SimpleNamespace(code=left.value.code, out=out, err=err)
-
-
 def test_the_command_prints_all_of_it_and_draws(tmp_path, capfd, monkeypatch):
     picture = tmp_path / "deep" / "bins.png"
-    done = command(
-        capfd, monkeypatch, "space", "torchvision/mobilenet_v2", "--k", 10, "--min-width", 1, "--out", picture
-    )
-    assert done.code == 0, done.err
-    assert "25 groups, 1.0e25 width vectors" in done.out
-    assert "features.18.0" in done.out
+    done = here(capfd, monkeypatch, "space", "torchvision/mobilenet_v2", "--k", 10, "--min-width", 1, "--out", picture)
+    assert done.returncode == 0, done.stderr
+    assert "25 groups, 1.0e25 width vectors" in done.stdout
+    assert "features.18.0" in done.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_commands_options_reach_the_space(capfd, monkeypatch):
     args = ["--bins", 2, "--divisor", 8, "--max-width", "1.5x", "--min-width", "0.25x"]
-    done = command(capfd, monkeypatch, "space", "torchvision/mobilenet_v2", *args, "--fix", "features.0.0=24", "--json")
-    assert done.code == 0, done.err
+    done = here(capfd, monkeypatch, "space", "torchvision/mobilenet_v2", *args, "--fix", "features.0.0=24", "--json")
+    assert done.returncode == 0, done.stderr
     expected = make_space(
         mobilenet(), bins=2.0, divisor=8, max_width="1.5x", min_width="0.25x", fixed={"features.0.0": 24}
     )
-    assert json.loads(done.out) == json.loads(json.dumps(space_json(expected)))
+    assert json.loads(done.stdout) == json.loads(json.dumps(space_json(expected)))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +177,7 @@ def test_the_commands_options_reach_the_space(capfd, monkeypatch):
     ],
 )
 def test_the_command_refuses_in_one_line(args, said, capfd, monkeypatch):
-    done = command(capfd, monkeypatch, "space", "torchvision/mobilenet_v2", *args)
-    assert done.code == 2
-    assert said in done.err
-    assert done.err.count("\n") == 1
+    done = here(capfd, monkeypatch, "space", "torchvision/mobilenet_v2", *args)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

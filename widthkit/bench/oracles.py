@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,12 +73,17 @@ def random_units(graph: ChannelGraph, rng: np.random.Generator, least: float = 0
     }
 
 
-def permuted(model: nn.Module, graph: ChannelGraph, rng: np.random.Generator) -> nn.Module:
-    """Return a copy in which the units of every group have changed places, at all their sites."""
+def permuted(
+    model: nn.Module, graph: ChannelGraph, rng: np.random.Generator, names: Iterable[str] | None = None
+) -> nn.Module:
+    """Return a copy in which the units of the named groups (of all) have changed places, at all their sites."""
     model = copy.deepcopy(model)
     tensors = named_tensors(model)
-    for group in graph.groups.values():
-        order = np.roll(rng.permutation(group.width), 1)
+    for name in graph.groups if names is None else names:
+        group = graph.groups[name]
+        order = rng.permutation(group.width)
+        if (order == np.arange(group.width)).all():
+            order = np.roll(order, 1)
         for site in group.sites:
             tensor = tensors[site.tensor].data
             index = np.arange(tensor.shape[site.dim])

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from widthkit.bench.oracles import n_params
 from widthkit.clone import meta_clone
 from widthkit.errors import ModelError
 from widthkit.models import create_model
@@ -167,7 +168,7 @@ def _shortened(
     model: nn.Module, inputs: Inputs, kwargs: Mapping[str, Any], macs_limit: float, params_limit: float
 ) -> Small:
     how = [f"{k}={v}" for k, v in kwargs.items()]
-    if sum(p.numel() for p in model.parameters()) > params_limit or _macs(model, inputs) > macs_limit:
+    if n_params(model) > params_limit or _macs(model, inputs) > macs_limit:
         short = build_again(model)
         dropped = shorten(short)
         if dropped and runs(short, inputs):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from widthkit.bench.oracles import n_params
 from widthkit.errors import OptionError
 from widthkit.export.dense import export
 from widthkit.trace import trace
@@ -32,14 +33,14 @@ def compare(peer: str, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     slim = export(model, {n: (w + 1) // 2 for n, w in graph.full.items()}, graph=graph)
     with torch.no_grad():
         call(slim, inputs)
-    row: dict[str, Any] = {"peer": peer, "own_seconds": time.perf_counter() - start, "own_params": _n(slim)}
+    row: dict[str, Any] = {"peer": peer, "own_seconds": time.perf_counter() - start, "own_params": n_params(slim)}
     del slim
     victim = copy.deepcopy(model)
     start = time.perf_counter()
     try:
         _torch_pruning(victim, inputs)
-        row["params"] = _n(victim)
-        if row["params"] == _n(model):
+        row["params"] = n_params(victim)
+        if row["params"] == n_params(model):
             row["error"] = "nothing was pruned"
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -69,7 +70,3 @@ def _torch_pruning(model: nn.Module, inputs: Inputs) -> None:
     pruner.step()
     with torch.no_grad():
         call(model, inputs)
-
-
-def _n(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
