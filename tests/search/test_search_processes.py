@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from widthkit_plugins.bc import BilaterallyCoupled
 
 from widthkit.search import search
+from widthkit.search.evaluator import Evaluator
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 
@@ -21,7 +22,7 @@ SCRIPT = """
 import os, sys, time, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_search_processes import quiet
+from test_search_processes import GUIDED, quiet
 rank, task = int(os.environ.get("RANK", 0)), sys.argv[3]
 if task == "slow":
     from widthkit.search.evaluator import Evaluator
@@ -37,11 +38,24 @@ if task == "other data":
     except DataError as error:
         print("refused:", error)
     sys.exit()
+if task == "tight":
+    from widthkit.search.evaluator import Evaluator
+    judge_part = Evaluator._part
+    def counted(self, *args):
+        print("piece", flush=True)
+        time.sleep(0.02)
+        return judge_part(self, *args)
+    Evaluator._part = counted
 seen = []
 out = sys.argv[2] + ("" if rank == 0 else "-other")
-found = quiet(out, seed=rank, resume=True, on_trial=lambda t, p: seen.append(t))
+options = dict(seed=rank, resume=True, on_trial=lambda t, p: seen.append(t))
+found = quiet(out, **options | ({"memory": 100, "batch_size": 8} if task == "tight" else {}))
 print(len(seen), found.score.hex())
+if task == "guided too":
+    print(quiet(out + "-guided", **options, **GUIDED).score.hex())
 """
+
+GUIDED = {"searcher": "random", "n": 30, "evaluations": 12}
 
 
 def quiet(out, seed=0, first=0, **options):
@@ -60,11 +74,15 @@ def start(out, task="search", rank=None, port=0):
     return subprocess.Popen(arguments, env=environment, text=True, stdout=-1, stderr=-1)
 
 
-def pair(out, task="search"):
-    """Run two processes to their end and return what they printed."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def pair(out, task="search"):
+    """Run two processes to their end and return what they printed."""
+    port = free_port()
     workers = [start(out, task, rank, port) for rank in range(2)]
     try:
         outputs = [worker.communicate(timeout=200) for worker in workers]
@@ -84,15 +102,18 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_search_as_one_to_the_last_bit(alone, tmp_path):
-    first, second = pair(tmp_path / "both")
+    quiet(tmp_path / "alone-guided", **GUIDED)
+    outputs = [out.split() for out in pair(tmp_path / "both", "guided too")]
     for name in ("search-journal.jsonl", "search.json"):
         assert (tmp_path / "both" / name).read_bytes() == (alone / name).read_bytes()
-    # Only the first process writes and shows; both know the result.
-    assert not (tmp_path / "both-other").exists()
+        guided = (tmp_path / "both-guided" / name).read_bytes()
+        assert guided == (tmp_path / "alone-guided" / name).read_bytes()
+    assert "prediction" in json.loads(guided)["settings"]
+    # Only the first process writes and shows; both know the results.
+    assert not list(tmp_path.glob("*-other*"))
     trials = json.loads((alone / "search.json").read_text())["trials"]
-    assert first.split()[0] == str(len(trials))
-    assert second.split()[0] == "0"
-    assert first.split()[1] == second.split()[1]
+    assert [out[0] for out in outputs] == [str(len(trials)), "0"]
+    assert outputs[0][1:] == outputs[1][1:]
 
 
 def test_processes_with_different_data_are_refused(tmp_path):
@@ -120,3 +141,64 @@ def test_a_killed_search_loses_at_most_what_was_in_flight(alone, tmp_path):
     quiet(tmp_path, resume=True)
     assert journal.read_bytes() == whole
     assert (tmp_path / "search.json").read_bytes() == (alone / "search.json").read_bytes()
+
+
+def whole_lines(path):
+    return path.read_bytes().count(b"\n")
+
+
+def check_resumed(out, pieces_run, resume, tmp_path):
+    """Go on from a folder, and check that only what no file holds is computed."""
+    quiet(tmp_path / "whole", batch_size=8)
+    journal = "search-journal.jsonl"
+    kept = whole_lines(out / "search-journal-pieces.jsonl") - 1
+    judged = whole_lines(out / journal) - 1
+    # Three batches on two paths make a judgement.
+    assert pieces_run[0] <= kept + 6 * judged <= pieces_run[1]
+    assert resume() == 6 * (whole_lines(tmp_path / "whole" / journal) - 1 - judged) - kept
+    for name in (journal, "search.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (out / "search-journal-pieces.jsonl").exists()
+
+
+@pytest.mark.parametrize("n", [6 + 5, 6 + 9, 6 + 14])
+def test_a_search_interrupted_while_judgements_wait_for_memory_loses_one_network(tmp_path, monkeypatch, n):
+    """Under a memory of 100 bytes the last batches run after all others, so a round's judgements come at its end."""
+    run, count = Evaluator._part, []
+
+    def stops(self, *args):
+        if len(count) == n:
+            raise KeyboardInterrupt
+        count.append(0)
+        return run(self, *args)
+
+    monkeypatch.setattr(Evaluator, "_part", stops)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(tmp_path / "out", batch_size=8, memory=100)
+    monkeypatch.setattr(Evaluator, "_part", run)
+
+    def resume():
+        done = []
+        monkeypatch.setattr(Evaluator, "_part", lambda *args: done.append(0) or run(*args))
+        quiet(tmp_path / "out", batch_size=8, memory=100, resume=True)
+        return len(done)
+
+    # What has run of the network in flight is not written yet.
+    check_resumed(tmp_path / "out", (n - 5, n), resume, tmp_path)
+
+
+def test_killed_processes_lose_one_network_each(tmp_path):
+    out, port = tmp_path / "out", free_port()
+    pieces = out / "search-journal-pieces.jsonl"
+    workers = [start(out, "tight", rank, port) for rank in range(2)]
+    try:
+        deadline = time.monotonic() + 200
+        while not pieces.exists() or whole_lines(pieces) < 5:
+            assert all(worker.poll() is None for worker in workers), [worker.communicate() for worker in workers]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL)
+        run = sum(worker.communicate()[0].count("piece\n") for worker in workers)
+    check_resumed(out, (run - 2 * 6, run), lambda: start(out, "tight").communicate()[0].count("piece\n"), tmp_path)

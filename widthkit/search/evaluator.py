@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,8 @@ from widthkit.train.rng import seeded
 Loss = Callable[[Any, Any], Tensor]
 Batch = tuple[Any, Any, int]
 Part = tuple[float, "float | None"]
-Key = tuple[Hashable, int, int]
+Name = tuple[tuple[str, int], ...]
+Key = tuple[Name, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,27 @@ class Judgement:
     score: float
     loss: float
     accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One path of a width vector on one batch, of which the rest is put off; kept for a search that is killed.
+
+    Args:
+        widths: Names and widths, sorted.
+        path: Which path.
+        batch: Which batch.
+        loss: Mean loss over the batch.
+        accuracy: As in :class:`Judgement`.
+        fraction: Share of every batch that was used.
+    """
+
+    widths: tuple[tuple[str, int], ...]
+    path: int
+    batch: int
+    loss: float
+    accuracy: float | None
+    fraction: float = 1.0
 
 
 class Evaluator:
@@ -102,6 +124,7 @@ class Evaluator:
         net.to(self.device)
         self.batches = _rebatch(loader, batch_size, self.device)
         self._parts: dict[Key, Part] = {}
+        self._fraction = 1.0
         self._fractions: dict[float, Evaluator] = {}
 
     def __call__(self, widths: Mapping[str, int]) -> Judgement:
@@ -141,17 +164,35 @@ class Evaluator:
             The place of a width vector in the list, and its judgement, as soon as it is known. Vectors come in the
             order of :func:`~widthkit.search.sharing.sharing_order`; in their own if this model's runs cannot be shared.
         """
+        for found in self.events(vectors):
+            if not isinstance(found, Piece):
+                yield found
+
+    def events(self, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement] | Piece]:
+        """Judge as :meth:`many` does, and also yield what is known of width vectors whose judgement must wait."""
         left = self.order(vectors)
         waves = self._waves([vectors[place] for place in left])
         while left:
-            if self._shares(vectors) and not next(waves):
-                # Random numbers must be drawn in the order of the list.
-                left.sort()
+            if self._shares(vectors):
+                found = next(waves)
+                if isinstance(found, Piece):
+                    yield found
+                    continue
+                if not found:
+                    # Random numbers must be drawn in the order of the list.
+                    left.sort()
             place = left.pop(0)
             yield place, self(vectors[place])
             for key in [k for k in self._parts if k[0] == _name(vectors[place])]:
                 del self._parts[key]
-        self._parts.clear()
+        if vectors:
+            self._parts.clear()
+
+    def recall(self, pieces: Iterable[Piece]) -> None:
+        """Take over what an interrupted round had found out; the next round does not compute it again."""
+        for piece in pieces:
+            judge = self.at(piece.fraction)
+            judge._parts[piece.widths, piece.path, piece.batch] = piece.loss, piece.accuracy
 
     def order(self, vectors: Sequence[Mapping[str, int]]) -> list[int]:
         """Return the places of width vectors in the order in which :meth:`many` judges them."""
@@ -168,8 +209,11 @@ class Evaluator:
         """
         if not 0 < fraction <= 1:
             raise OptionError(f"fraction={fraction}: a share of the held-out examples above 0 and up to 1")
+        if fraction == self._fraction:
+            return self
         if fraction not in self._fractions:
             part = copy.copy(self)
+            part._fraction = fraction
             part.batches = [_cut(batch, math.ceil(fraction * batch[2])) for batch in self.batches]
             part._parts = {}
             self._fractions[fraction] = part
@@ -198,11 +242,11 @@ class Evaluator:
             outputs = run(inputs)
             return float(self.loss(outputs, targets)), accuracy(outputs, targets)
 
-    def _waves(self, vectors: Sequence[Mapping[str, int]]) -> Iterator[bool]:
+    def _waves(self, vectors: Sequence[Mapping[str, int]]) -> Iterator[bool | Piece]:
         """Run vectors in order on all paths and batches; yield after every one, ``False`` if runs cannot be shared.
 
         Where what must be kept for all batches exceeds the memory, the last ones are put off to another wave. A vector
-        that lacks them is judged when that wave has come to it.
+        that lacks them is judged when that wave has come to it; what is known of it by then is yielded.
         """
         sharing = Sharing(self.net, vectors, self.memory)
         pairs = [(p, b) for p in range(max(sharing.n_paths)) for b in range(len(self.batches))]
@@ -212,18 +256,29 @@ class Evaluator:
         while put_off:
             active, put_off = put_off, []
             for who, widths in enumerate(vectors):
+                fresh = []
                 for path, batch in [pair for pair in active if done[pair] == who]:
-                    if path < sharing.n_paths[who] and not self._fill(sharing, who, widths, path, batch):
-                        yield False
-                        return
+                    known = path >= sharing.n_paths[who] or (_name(widths), path, batch) in self._parts
+                    if not known:
+                        if not self._fill(sharing, who, widths, path, batch):
+                            yield False
+                            return
+                        fresh.append((path, batch))
                     done[path, batch] += 1
                 if sharing.crowded and len(active) > 1:
                     put_off.append(active.pop())
                     sharing.drop(*put_off[-1])
                 self.kept_bytes = max(self.kept_bytes, sharing.peak)
+                if fresh and min(done.values()) <= who:
+                    yield from self._pieces(widths, fresh)
                 for _ in range(judged, min(done.values())):
                     judged += 1
                     yield True
+
+    def _pieces(self, widths: Mapping[str, int], pairs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
+        for path, batch in pairs:
+            name = _name(widths)
+            yield Piece(name, path, batch, *self._parts[name, path, batch], self._fraction)
 
     def _fill(self, sharing: Sharing, who: int, widths: Mapping[str, int], path: int, batch: int) -> bool:
         """Run one vector on one path and batch; ``False`` if that cannot be shared, and then nothing has changed."""
@@ -241,7 +296,7 @@ class Evaluator:
         return False
 
 
-def _name(widths: Mapping[str, int]) -> Hashable:
+def _name(widths: Mapping[str, int]) -> Name:
     return tuple(sorted(widths.items()))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from widthkit.errors import CheckpointError, OptionError
-from widthkit.search.evaluator import Judgement
+from widthkit.search.evaluator import Judgement, Piece
 
 VERSION = 1
 
@@ -17,7 +18,8 @@ class Journal:
     """A file of JSON lines: first whose search this is, then one judged width vector per line.
 
     Lines are only ever appended, so a search of n networks writes n lines, and a process killed while it writes
-    loses at most the last one.
+    loses at most the last one. Where a round's judgements are complete only at its end, a second file beside it holds
+    their pieces until then.
 
     Args:
         path: Where to keep them; ``None`` keeps nothing.
@@ -34,6 +36,8 @@ class Journal:
         self.path = path
         self.identity = identity
         self._whole = 0  # bytes of whole lines; what comes after them was torn and is overwritten
+        self._pieces = None if path is None else path.with_name(path.stem + "-pieces.jsonl")
+        self._whole_pieces = 0
 
     def read(self) -> dict[str, Judgement]:
         """Return the judgements of an earlier run of the same search; nothing if there was none.
@@ -67,19 +71,68 @@ class Journal:
         """
         if self.path is None:
             return
-        lines = [{"widths": key, "score": judgement.score, "loss": judgement.loss, "accuracy": judgement.accuracy}]
-        if not self._whole:
-            lines.insert(0, {"version": VERSION, "identity": self.identity})
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8")
+        line = {"widths": key, "score": judgement.score, "loss": judgement.loss, "accuracy": judgement.accuracy}
+        self._whole = self._append(self.path, self._whole, line)
+
+    def read_pieces(self) -> list[Piece]:
+        """Return what an interrupted round of the same search knew of networks whose judgement had to wait.
+
+        What cannot be read is left out: it only has to be computed again.
+        """
+        if self._pieces is None or not self._pieces.exists():
+            return []
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("r+b" if self._whole else "wb") as file:
-                file.seek(self._whole)
+            data = self._pieces.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            header, *lines = [json.loads(line) for line in data[:whole].decode("utf-8").splitlines()] or [{}]
+            if header.get("identity") != self.identity:
+                return []
+            found = [_piece(line) for line in lines]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        self._whole_pieces = whole
+        return found
+
+    def add_piece(self, piece: Piece) -> None:
+        """Write down a part of a judgement that must wait for the rest.
+
+        Raises:
+            OptionError: If the file cannot be written.
+        """
+        if self._pieces is not None:
+            self._whole_pieces = self._append(self._pieces, self._whole_pieces, asdict(piece))
+
+    def end_round(self) -> None:
+        """Forget the pieces: all judgements of the round are written."""
+        if self._pieces is not None and self._whole_pieces:
+            self._whole_pieces = 0
+            self._pieces.unlink(missing_ok=True)
+
+    def _append(self, path: Path, whole: int, line: Mapping[str, Any]) -> int:
+        """Write a line behind the first ``whole`` bytes, and a header before the first line; return the new length."""
+        lines = [line] if whole else [{"version": VERSION, "identity": self.identity}, line]
+        data = "".join(json.dumps(entry) + "\n" for entry in lines).encode("utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("r+b" if whole else "wb") as file:
+                file.seek(whole)
                 file.truncate()
                 file.write(data)
         except OSError as error:
-            raise OptionError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._whole += len(data)
+            raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
+        return whole + len(data)
+
+
+def _piece(line: Mapping[str, Any]) -> Piece:
+    accuracy = line["accuracy"]
+    return Piece(
+        tuple((str(name), int(width)) for name, width in line["widths"]),
+        int(line["path"]),
+        int(line["batch"]),
+        float(line["loss"]),
+        None if accuracy is None else float(accuracy),
+        float(line["fraction"]),
+    )
 
 
 def _entry(line: Mapping[str, Any]) -> tuple[str, Judgement]:

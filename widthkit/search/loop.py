@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from widthkit.graph import ChannelGraph
-from widthkit.search.evaluator import Judgement
+from widthkit.search.evaluator import Judgement, Piece
 from widthkit.search.journal import Journal
 from widthkit.search.result import Trial
 from widthkit.search.rounds import judge_round
@@ -73,10 +73,15 @@ def judge_new(
         A new width vector and its judgement, as soon as it is known.
     """
     fresh = [key for key in vectors if key not in known]
-    for place, found in judge_round(judge, [vectors[key] for key in fresh]):
-        known[fresh[place]] = found
-        journal.add(fresh[place], found)
-        yield vectors[fresh[place]], found
+    for found in judge_round(judge, [vectors[key] for key in fresh]):
+        if isinstance(found, Piece):
+            journal.add_piece(found)
+            continue
+        place, judgement = found
+        known[fresh[place]] = judgement
+        journal.add(fresh[place], judgement)
+        yield vectors[fresh[place]], judgement
+    journal.end_round()
 
 
 def key_of(widths: Mapping[str, int], fraction: float = 1.0) -> str:

@@ -10,24 +10,25 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from widthkit.errors import DataError, ModelError
-from widthkit.search.evaluator import Judgement
+from widthkit.search.evaluator import Judgement, Piece
 from widthkit.train.modes import checked_device
 from widthkit.train.parallel import accelerator_scope, process_index, processes
 
 T = TypeVar("T")
 
 
-def judge_round(judge: Any, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement]]:
+def judge_round(judge: Any, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement] | Piece]:
     """Judge width vectors; every process takes its share, and all hear of every judgement.
 
     Args:
         judge: Gives a width vector's judgement; if it has a method ``many``
-            (:meth:`~widthkit.search.evaluator.Evaluator.many`), that judges them together.
+            (:meth:`~widthkit.search.evaluator.Evaluator.many`), that judges them together; one with ``events`` also
+            tells what is known of vectors whose judgement must wait.
         vectors: The same list on every process.
 
     Yields:
         The place of a vector in the list and its judgement, as soon as it is known, in the same order for any number of
-        processes.
+        processes; and, at any time, pieces of judgements to come.
 
     Raises:
         ModelError: If judging failed on another process.
@@ -40,16 +41,28 @@ def judge_round(judge: Any, vectors: Sequence[Mapping[str, int]]) -> Iterator[tu
     if n == 1:
         yield from own
         return
-    for _ in range(-(-len(vectors) // n)):
-        for found in _gathered(lambda: next(own, None)):
-            if found is not None:
+    # Pieces come when they come; judgements are handed on in turns, as if there were none.
+    waiting: list[list[tuple[int, Judgement]]] = [[] for _ in range(n)]
+    due = [list(order[i::n]) for i in range(n)]
+    while any(due):
+        for index, found in enumerate(_gathered(lambda: next(own, None))):
+            if isinstance(found, Piece):
                 yield found
+            elif found is not None:
+                waiting[index].append(found)
+        while any(due) and all(w or not d for w, d in zip(waiting, due, strict=True)):
+            for w, d in zip(waiting, due, strict=True):
+                if d:
+                    d.pop()
+                    yield w.pop(0)
 
 
-def _judged(judge: Any, vectors: Sequence[Mapping[str, int]], mine: Sequence[int]) -> Iterator[tuple[int, Judgement]]:
+def _judged(
+    judge: Any, vectors: Sequence[Mapping[str, int]], mine: Sequence[int]
+) -> Iterator[tuple[int, Judgement] | Piece]:
     if hasattr(judge, "many"):
-        for place, judgement in judge.many([vectors[i] for i in mine]):
-            yield mine[place], judgement
+        for found in getattr(judge, "events", judge.many)([vectors[i] for i in mine]):
+            yield found if isinstance(found, Piece) else (mine[found[0]], found[1])
     else:
         for i in mine:
             yield i, judge(vectors[i])

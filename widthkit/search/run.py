@@ -28,7 +28,7 @@ from widthkit.search.rounds import check_same, from_first, launched
 from widthkit.search.searcher import Searcher
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
-from widthkit.train.parallel import broadcast_module, process_index
+from widthkit.train.parallel import broadcast_module, process_index, processes
 
 
 def search(
@@ -111,6 +111,11 @@ def search(
     if guidance is not None and chosen is None:
         settings |= guidance.settings()
     with launched(device) as place:
+        if calibrate and processes() > 1:
+            raise OptionError(
+                f"calibrate={calibrate}: stand-alone trainings run in one process, here are {processes()}; search "
+                "without torchrun, or without calibrate"
+            )
         judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, training=training, memory=memory)
         broadcast_module(net)
         if chosen is not None:
@@ -121,6 +126,7 @@ def search(
             first = process_index() == 0
             journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
             known = from_first(journal.read) if resume else {}
+            judge.recall(from_first(journal.read_pieces) if resume else [])
             with _show(progress and first) as shown:
                 watchers = [f for f in (shown, on_trial) if f and first]
                 run = _Run(net, limit, judge, journal, known, watchers, settings)

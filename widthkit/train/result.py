@@ -135,5 +135,8 @@ def read_run(file: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | Non
     stored = load_tree(file)
     if not isinstance(stored, dict) or set(stored) != {"fingerprint", "done", "history", "state"}:
         raise CheckpointError(f"{file} is not the checkpoint of a training run; choose another out folder.")
-    check_same_run(file, stored["fingerprint"], fingerprint)
+    wanted = dict(fingerprint)
+    if stored["done"] >= fingerprint["epochs"]:
+        del wanted["processes"]  # nothing is left to train, so the weights may be used by any number of processes
+    check_same_run(file, stored["fingerprint"], wanted)
     return stored
