@@ -113,6 +113,11 @@ class EvolutionSearcher(Searcher):
         """Share of the generations."""
         return 1.0 if self.done else len(self._told) / self.generations
 
+    @property
+    def proposals(self) -> int:
+        """The first population and as many children as all other generations have."""
+        return len(self._first) + self.population * (self.generations - 1)
+
     def _start(self) -> None:
         from pymoo.algorithms.moo.nsga2 import NSGA2
         from pymoo.core.problem import Problem

@@ -26,6 +26,8 @@ _NUMBER = r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*"
 _FORM = re.compile(_NUMBER + r"([kMGT]?)\s*(x|macs|params)\s*$", re.IGNORECASE)
 _MEMORY = re.compile(_NUMBER + r"((?:[kmgt]i?)?)(b)\s*$", re.IGNORECASE)
 _LATENCY = re.compile(_NUMBER + r"(us|µs|ms|s)\s*$", re.IGNORECASE)
+_BITS = re.compile(r"[KMGT]i?b\s*$")
+"""Mb are megabits."""
 _STARTS = re.compile(r"^\s*[0-9.+-]")
 
 
@@ -170,7 +172,7 @@ def _limit(text: Any, graph: ChannelGraph, build: Build | None) -> Limit:
         raise BudgetError(f"budget '{text}' cannot be read; {_FORMS}")
     amount, at, words = text.partition("@")
     memory, latency = _MEMORY.match(amount), _LATENCY.match(amount)
-    if memory and not re.search(r"[KMGT]i?b\s*$", amount):  # Mb are megabits
+    if memory and not _BITS.search(amount):
         return _memory_limit(memory, text, read_conditions(words.split(","), text) if at else Conditions(), graph)
     if latency:
         return _latency_limit(
@@ -191,12 +193,25 @@ def _limit(text: Any, graph: ChannelGraph, build: Build | None) -> Limit:
 def _memory_limit(found: re.Match[str], text: str, at: Conditions, graph: ChannelGraph) -> Limit:
     if at.device is not None or at.channels_last:
         raise BudgetError(f"budget '{text}': memory depends on batch= and the type alone; leave the rest out")
-    prefix = found.group(2).upper()
-    value = _count(found.group(1), _BINARY[prefix] if prefix in _BINARY else _SCALE[prefix])
+    value = memory_amount(found.group())
+    assert value is not None
     if value < 1:
         raise BudgetError(f"budget '{text}' allows nothing at all; it must be at least one byte")
     graph.memory(batch=at.batch, dtype=at.dtype)  # refuses a batch size that the model does not run at
     return Limit("memory", value, text.strip(), at)
+
+
+def memory_amount(text: str) -> int | None:
+    """Read an amount of memory in bytes, with or without a B; ``None`` if it is none.
+
+    >>> memory_amount("2GB"), memory_amount("1.5 MiB"), memory_amount("300k"), memory_amount("3 apples")
+    (2000000000, 1572864, 300000, None)
+    """
+    found = _MEMORY.match(text) or _MEMORY.match(text + "B")
+    if found is None or _BITS.search(text):
+        return None
+    prefix = found.group(2).upper()
+    return _count(found.group(1), _BINARY[prefix] if prefix in _BINARY else _SCALE[prefix])
 
 
 def _latency_limit(found: re.Match[str], text: str, at: Conditions, graph: ChannelGraph, build: Build | None) -> Limit:

@@ -430,7 +430,9 @@ class Job:
         """Train the supernet (of one stage, where there are several), or continue."""
         c = self.config
         folder = self.folder.path / f"stage-{stage}" / "supernet" if stage > 1 else self.folder.path / "supernet"
-        self.say(f"supernet: {net.strategy}, {len(net.space.groups)} groups, {net.space.size:.3g} width vectors")
+        options = str(net.strategy).removeprefix(type(net.strategy).__name__)
+        size = f"{len(net.space.groups)} groups, {net.space.size:.3g} width vectors"
+        self.say(f"supernet: {self.config.strategy}{options}, {size}")
         loader = make_loader(data.train, c.batch_size, train=True, seed=c.seed)
         result = train(
             net,

@@ -28,6 +28,30 @@ TrainStage = Callable[[Supernet, int], object]
 SearchStage = Callable[[Supernet, Budget, int], SearchResult]
 
 
+def first_beta(alpha: float, stages: int) -> float:
+    """Return the first stage's beta for which the last one has 1.
+
+    Raises:
+        OptionError: If ``alpha`` is not a positive number, or too extreme for so many stages.
+
+    >>> first_beta(2, 3)
+    4.0
+    """
+    _check_alpha(alpha)
+    try:
+        beta = float(alpha) ** (stages - 1)
+    except OverflowError:
+        beta = math.inf
+    if not 0 < beta < math.inf:
+        raise OptionError(f"alpha={alpha}: bins of alpha ** (stages - 1) channels make no sense; take one near 2")
+    return beta
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha < math.inf:
+        raise OptionError(f"alpha={alpha}: it must be a positive number")
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """How a search goes on from stage to stage.
@@ -53,8 +77,7 @@ class StagePlan:
     def __post_init__(self) -> None:
         if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
             raise OptionError(f"stages={self.stages}: a search has at least 1 stage")
-        if not 0 < self.alpha < math.inf:
-            raise OptionError(f"alpha={self.alpha}: it must be a positive number")
+        _check_alpha(self.alpha)
 
     def beta_at(self, stage: int) -> float:
         """Channels in a bin of the most sensitive group, in stage 1, 2...
@@ -259,7 +282,7 @@ def search_in_stages(
     from widthkit.supernet import make_supernet
     from widthkit.train import train
 
-    beta = float(alpha ** (stages - 1)) if bins is None else bins
+    beta = first_beta(alpha, stages) if bins is None else bins
     limits: dict[str, Any] = {"min_width": min_width, "divisor": divisor, "fixed": fixed}
     net = make_supernet(model, strategy, bins=beta, max_width=max_width, seed=seed, **limits, **(supernet or {}))
     plan = StagePlan(parse_budget(budget, net.graph), stages, alpha, beta, **limits)

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from widthkit.bench.files import write
+from widthkit.bench.small import MODELS
 from widthkit.budget import parse_budget
 from widthkit.models import create_model
 from widthkit.search.build import make_searcher
@@ -25,6 +26,7 @@ from widthkit.train.losses import cross_entropy
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "lazy": {"lazy": True},
+    "lazy, cautious": {"lazy": True, "caution": 1.0},
     "race": {"race": 0.25},
     "lazy race": {"lazy": True, "race": 0.25},
 }
@@ -70,16 +72,21 @@ def run(model: str, seeds: int, epochs: int, k: int, image_size: int, budget: st
         for name in OPTIONS:
             result = found[name]
             result["same"] = result["widths"] == found["plain"]["widths"]
+            result["groups_that_differ"] = sum(w != found["plain"]["widths"][g] for g, w in result["widths"].items())
+            result["loss_above_plain"] = result["loss"] - found["plain"]["loss"]
             result["work_gain"] = found["plain"]["work"]["macs"] / result["work"]["macs"]
             Console().print(
                 f"seed {seed}, {name}: {result['work']['networks']} networks, {result['work_gain']:.1f}x less work, "
-                f"{result['seconds']:.1f} s, loss {result['loss']:.4f}, same widths: {result['same']}",
+                f"{result['seconds']:.1f} s, loss {result['loss']:.4f} ({result['loss_above_plain']:+.4f}), "
+                f"{result['groups_that_differ']} groups differ",
                 highlight=False,
             )
         summary = {
             name: {
                 "same": sum(row[name]["same"] for row in rows),
                 "of": len(rows),
+                "groups_that_differ": float(np.mean([row[name]["groups_that_differ"] for row in rows])),
+                "loss_above_plain": float(np.mean([row[name]["loss_above_plain"] for row in rows])),
                 "work_gain": float(np.median([row[name]["work_gain"] for row in rows])),
             }
             for name in OPTIONS
@@ -97,10 +104,10 @@ def run(model: str, seeds: int, epochs: int, k: int, image_size: int, budget: st
 
 
 def trained(model: str, seed: int, epochs: int, k: int, image_size: int) -> tuple[Supernet, Evaluator]:
-    """Train a thin supernet on digits; its evaluator holds the validation part."""
+    """Train a small supernet on digits (one of ``bench.small``, or a model that takes ``width_mult``); its evaluator holds the validation part."""
     data = load_data("digits", image_size=image_size, in_channels=3, seed=seed)
     torch.manual_seed(seed)
-    dense = create_model(model, num_classes=data.num_classes, width_mult=0.25)
+    dense = MODELS[model]() if model in MODELS else create_model(model, num_classes=data.num_classes, width_mult=0.25)
     net = make_supernet(dense, "ua", example_inputs=(1, 3, image_size, image_size), k=k, min_width="0.25x", seed=seed)
     loader = make_loader(data.train, 64, train=True, seed=seed)
     train(net, loader, epochs, lr=0.05, seed=seed, progress=False, clip_grad=5.0)

@@ -203,14 +203,14 @@ def bench_search(
 
 @bench.command("lazy")
 def bench_lazy(
-    model: Annotated[str, typer.Option(help="Model to train thinly on digits; takes width_mult")] = (
-        "torchvision/mobilenet_v2"
+    model: Annotated[str, typer.Option(help="small-resnet, small-mobilenetv2, or a model with width_mult")] = (
+        "small-mobilenetv2"
     ),
     seeds: Annotated[int, typer.Option(help="Supernets")] = 10,
-    epochs: Annotated[int, typer.Option(help="Epochs of each")] = 3,
+    epochs: Annotated[int, typer.Option(help="Epochs of each")] = 10,
     k: Annotated[int, typer.Option(help="Choices per group")] = 4,
     image_size: Annotated[int, typer.Option(help="Image size")] = 16,
-    budget: Annotated[str, typer.Option(help="Budget of the searches")] = "0.6x",
+    budget: Annotated[str, typer.Option(help="Budget of the searches")] = "0.5x",
     out: JsonFile = None,
 ) -> None:
     """Compare greedy's lazy rounds and races with the plain loop: work, and whether the final widths are the same."""

@@ -192,7 +192,9 @@ def slim_command(
     from widthkit.report.run import report_run, table_text
 
     if stages > 1 and bins is None:
-        values["bins"] = alpha ** (stages - 1)  # the last stage then has bins with beta 1
+        from widthkit.stages import first_beta
+
+        values["bins"] = first_beta(alpha, stages)  # the last stage then has bins with beta 1
     job = _start(values)
     net, splits = job.check(final=True)
     job.folder.begin(job.config, resume)

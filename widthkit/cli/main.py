@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -25,7 +26,7 @@ def main() -> None:
         # Here, where it can still be refused: at shutdown Python would drop what a full disk did not take.
         sys.stdout.flush()
     except WidthkitError as error:
-        _fail(" ".join(str(error).split()), 2)
+        _fail(with_flags(" ".join(str(error).split())), 2)
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, 130)
     except MemoryError:
@@ -48,6 +49,52 @@ def main() -> None:
         # Typer turns Ctrl-C into this code without a word.
         _fail(_INTERRUPTED, 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+_FLAGS = {
+    "alpha": "--alpha",
+    "augment": "--augment",
+    "batch_size": "--batch-size",
+    "beta": "--bins",
+    "bins": "--bins",
+    "calibrate": "--calibrate",
+    "data_dir": "--data-dir",
+    "device": "--device",
+    "divisor": "--divisor",
+    "epochs": "--epochs",
+    "evaluations": "--evaluations",
+    "freeze": "--freeze",
+    "image_size": "--image-size",
+    "k": "--k",
+    "lr": "--lr",
+    "max_width": "--max-width",
+    "memory": "--search-memory",
+    "min_width": "--min-width",
+    "mixed_precision": "--precision",
+    "optimizer": "--optimizer",
+    "rank": "--rank",
+    "schedule": "--schedule",
+    "score_model": "--score-model",
+    "seed": "--seed",
+    "stages": "--stages",
+    "weight_decay": "--weight-decay",
+}
+"""What options of functions are called on the command line."""
+_WRITTEN = re.compile(rf"(?<![\w.,-])({'|'.join(sorted(_FLAGS, key=len, reverse=True))})=(?=\S)")
+_SPOKEN = re.compile(rf"(?<![\w.'/-])({'|'.join(name for name in _FLAGS if '_' in name)})(?![\w.'/=(])")
+
+
+def with_flags(line: str) -> str:
+    """Name options in a message as people write them here; options of plug-ins keep their names.
+
+    >>> with_flags("mixed_precision='fp16' cannot be used on a CPU; lower min_width")
+    "--precision 'fp16' cannot be used on a CPU; lower --min-width"
+    >>> with_flags("caution=2: a share from 0 to 1")
+    'caution=2: a share from 0 to 1'
+    """
+    line = line.replace("resume=False", "a run without --resume")
+    line = _WRITTEN.sub(lambda found: f"{_FLAGS[found[1]]} ", line)
+    return _SPOKEN.sub(lambda found: _FLAGS[found[1]], line)
 
 
 _OUT_OF_MEMORY = "out of memory; lower --batch-size or --image-size"

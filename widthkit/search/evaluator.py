@@ -253,27 +253,30 @@ class Evaluator:
         done = dict.fromkeys(pairs, 0)
         judged = 0
         put_off = pairs
-        while put_off:
-            active, put_off = put_off, []
-            for who, widths in enumerate(vectors):
-                fresh = []
-                for path, batch in [pair for pair in active if done[pair] == who]:
-                    known = path >= sharing.n_paths[who] or (_name(widths), path, batch) in self._parts
-                    if not known:
-                        if not self._fill(sharing, who, widths, path, batch):
-                            yield False
-                            return
-                        fresh.append((path, batch))
-                    done[path, batch] += 1
-                if sharing.crowded and len(active) > 1:
-                    put_off.append(active.pop())
-                    sharing.drop(*put_off[-1])
-                self.kept_bytes = max(self.kept_bytes, sharing.peak)
-                if fresh and min(done.values()) <= who:
-                    yield from self._pieces(widths, fresh)
-                for _ in range(judged, min(done.values())):
-                    judged += 1
-                    yield True
+        try:
+            while put_off:
+                active, put_off = put_off, []
+                for who, widths in enumerate(vectors):
+                    fresh = []
+                    for path, batch in [pair for pair in active if done[pair] == who]:
+                        known = path >= sharing.n_paths[who] or (_name(widths), path, batch) in self._parts
+                        if not known:
+                            if not self._fill(sharing, who, widths, path, batch):
+                                yield False
+                                return
+                            fresh.append((path, batch))
+                        done[path, batch] += 1
+                    if sharing.crowded and len(active) > 1:
+                        put_off.append(active.pop())
+                        sharing.drop(*put_off[-1])
+                    self.kept_bytes = max(self.kept_bytes, sharing.peak)
+                    if fresh and min(done.values()) <= who:
+                        yield from self._pieces(widths, fresh)
+                    for _ in range(judged, min(done.values())):
+                        judged += 1
+                        yield True
+        finally:
+            sharing.close()
 
     def _pieces(self, widths: Mapping[str, int], pairs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
         for path, batch in pairs:

@@ -187,6 +187,7 @@ class GuidedSearch:
         self.model = make_model(guidance, space)
         self.trials: list[Trial] = []
         self.calibrations: list[tuple[WidthVector, float]] = []
+        self._shown = 0
 
     def run(self, seed: int = 0) -> Guided:
         """Calibrate, judge a design, then what the model wants to know; return the model's choice.
@@ -300,8 +301,9 @@ class GuidedSearch:
         return self.trials[-1]
 
     def _show(self, trial: Trial) -> None:
+        self._shown += 1
         for watch in self.watchers:
-            watch(trial, min(1.0, len(self.trials) / (self.evaluations + 1)))
+            watch(trial, min(1.0, self._shown / (self.evaluations + 1)))
 
     def _named(self, row: IntArray) -> WidthVector:
         return {name: int(width) for name, width in zip(self.space.names, row, strict=True)}

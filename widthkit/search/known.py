@@ -113,11 +113,23 @@ class Run:
 
     def leaf(self, name: str, value: Tensor, role: str = "leaf") -> Known:
         """Make an input, or a tensor of the model, known."""
+        leaf = self.memo.held.get(name)
+        if leaf is not None and leaf[0] is value:
+            # The same tensor as for the last sub-network.
+            known: Known = leaf[1]
+            known.run, known.family = self, self._own
+            assert known.box is not None
+            self._leaves.append(known.box)
+            return known
+        whole = value
         if type(value) is not Tensor:
             value = value.detach()
         node = self.memo.leaf(name, self._who, value, role)
         self._leaves.append(node.put(value))
-        return Known(self, node, self._leaves[-1], self._own)
+        known = Known(self, node, self._leaves[-1], self._own)
+        if self.memo.everyone_has(name):
+            self.memo.held[name] = whole, known
+        return known
 
     def settle(self) -> None:
         """End the run: tensors that the model put aside get their values, which they keep."""

@@ -126,6 +126,7 @@ class Memo:
         wanted: Values from the running one's that the next will need.
         room: Bytes that both may take.
         crowded: Whether something had to be left out.
+        held: Name of a tensor that nobody narrows -> the tensor, and what the last sub-network saw in its place.
     """
 
     def __init__(self, sharers: Mapping[str, list[int]], n: int) -> None:
@@ -138,6 +139,7 @@ class Memo:
         self._sizes: dict[int, int] = {}
         self._sharers = sharers
         self._leaves: dict[Hashable, Node] = {}
+        self.held: dict[str, Any] = {}
 
     def leaf(self, name: str, who: int, value: Tensor, role: str) -> Node:
         """Return the node of an input or of a sub-network's slice of a tensor."""
@@ -146,6 +148,10 @@ class Memo:
         if key not in self._leaves:
             self._leaves[key] = self.node(sharers, value, role=role)
         return self._leaves[key]
+
+    def everyone_has(self, name: str) -> bool:
+        """Whether all sub-networks use a tensor whole, so that it is the model's own and no slice."""
+        return name not in self._sharers
 
     def node(self, sharers: int, value: Tensor, call: Call | None = None, role: str = "value") -> Node:
         """Make a node for a value."""

@@ -37,6 +37,15 @@ def run_loop(
         Every trial on all of the data, in order.
     """
     trials: list[Trial] = []
+    total, count = engine.proposals, 0
+
+    def show(watchers: Sequence[Callable[[Trial, float], None]], trial: Trial) -> None:
+        nonlocal count
+        count += 1
+        progress = min(1.0, count / total) if total else engine.progress
+        for watch in watchers:
+            watch(trial, progress)
+
     while not engine.done:
         asked = engine.ask()
         if not asked:
@@ -47,10 +56,10 @@ def run_loop(
         shown = watchers if fraction == 1 else ()
         for key, widths in zip(keys, vectors, strict=True):
             if key in known:
-                _tell(shown, trial_of(graph, widths, known[key]), engine.progress)
+                show(shown, trial_of(graph, widths, known[key]))
         part = judge if fraction == 1 else judge.at(fraction)
         for widths, found in judge_new(part, dict(zip(keys, vectors, strict=True)), journal, known):
-            _tell(shown, trial_of(graph, widths, found), engine.progress)
+            show(shown, trial_of(graph, widths, found))
         if fraction == 1:
             trials += [trial_of(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
         scores = [known[key].score for key in keys]
@@ -92,8 +101,3 @@ def key_of(widths: Mapping[str, int], fraction: float = 1.0) -> str:
 def trial_of(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:
     """Join widths, judgement and costs."""
     return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
-
-
-def _tell(watchers: Sequence[Callable[[Trial, float], None]], trial: Trial, progress: float) -> None:
-    for watch in watchers:
-        watch(trial, progress)

@@ -70,6 +70,14 @@ class Searcher(ABC):
     def progress(self) -> float:
         """How far the search has come, from 0 to 1; an estimate is fine."""
 
+    @property
+    def proposals(self) -> int | None:
+        """How many width vectors it will propose in all, repeated ones included; ``None`` where that is not known.
+
+        Progress is then counted in them, and :attr:`progress` is not asked.
+        """
+        return None
+
 
 class OneShotSearcher(Searcher):
     """Proposes one width vector and is done: a baseline that compares no scores."""
@@ -109,6 +117,11 @@ class OneShotSearcher(Searcher):
     def progress(self) -> float:
         """0 or 1."""
         return float(self._told)
+
+    @property
+    def proposals(self) -> int:
+        """One."""
+        return 1
 
 
 SEARCHERS: Registry[type[Searcher]] = Registry("searcher", "widthkit.searchers", Searcher)

@@ -9,7 +9,6 @@ are bit-identical to those of separate runs, for the same operators run on the s
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthkit.borrow import Spec
+from widthkit.budget import memory_amount
 from widthkit.errors import OptionError
 from widthkit.search.known import Known, Run
 from widthkit.search.lineage import Memo, replace
 from widthkit.supernet import Supernet
 from widthkit.train.modes import call_model
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -38,10 +37,12 @@ def parse_memory(memory: str | int) -> int:
     >>> parse_memory("2GB"), parse_memory("1.5 MB"), parse_memory(1000)
     (2000000000, 1500000, 1000)
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kKMGT]?)B?\s*", str(memory))
-    if match is None:
-        raise OptionError(f"memory '{memory}' is not an amount; write it like 2GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    if isinstance(memory, int) and memory >= 0:
+        return memory
+    amount = memory_amount(str(memory))
+    if amount is None:
+        raise OptionError(f"memory '{memory}' is not an amount; write it like 2GB or 500MiB")
+    return int(amount)
 
 
 def sharing_order(net: Supernet, vectors: Sequence[Mapping[str, int]]) -> list[int]:
@@ -103,9 +104,16 @@ class Sharing:
         self.crowded |= memo.crowded
         return outputs
 
+    def close(self) -> None:
+        """Forget everything."""
+        for path, batch in list(self._memos):
+            self.drop(path, batch)
+
     def drop(self, path: int, batch: int) -> None:
         """Forget all about a batch on a path."""
-        self._memos.pop((path, batch), None)
+        memo = self._memos.pop((path, batch), None)
+        if memo is not None:
+            memo.held.clear()  # they know the run, which knows the memo
         self.crowded = False
         for memo in self._memos.values():
             memo.crowded = False

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthkit.errors import DataError, OptionError
-from widthkit.train.modes import batch_size, call_model, checked_device, model_device, split_batch, training_flags
+from widthkit.train.modes import (
+    batch_size,
+    call_model,
+    checked_device,
+    eval_mode,
+    model_device,
+    split_batch,
+    training_flags,
+)
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -92,7 +100,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     saved = _saved_statistics(norms)
     with training_flags(model):
         try:
-            model.eval()
+            eval_mode(model)
             for norm in norms:
                 norm.training = True
             yield
@@ -132,9 +140,9 @@ def _saved_statistics(norms: list[_BatchNorm]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _put_back(saved: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, before in saved:
-            buffer.copy_(before)
+    if saved:
+        with torch.no_grad():
+            torch._foreach_copy_([buffer for buffer, _ in saved], [before for _, before in saved])
 
 
 @contextmanager

@@ -138,7 +138,8 @@ def make_loader(
     [100, 100, 87]
     """
     if batch_size < 1 or workers < 0:
-        raise OptionError(f"batch_size={batch_size}, workers={workers}: need at least 1 and at least 0.")
+        wrong = f"batch_size={batch_size}: at least 1" if batch_size < 1 else f"workers={workers}: at least 0"
+        raise OptionError(f"{wrong} is needed.")
     count = len(dataset) if isinstance(dataset, Sized) else 0
     if count == 0:
         raise DataError(f"the data set ({type(dataset).__name__}) is empty; check where it was loaded from.")

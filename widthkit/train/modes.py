@@ -28,7 +28,32 @@ def training_flags(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            _set_flag(module, flag)
+
+
+def eval_mode(model: nn.Module) -> None:
+    """Call ``model.eval()``, in less time where no module has a ``train`` of its own.
+
+    >>> net = nn.Sequential(nn.Dropout())
+    >>> eval_mode(net)
+    >>> net.training, net[0].training
+    (False, False)
+    """
+    modules = list(model.modules())
+    if any(type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval for module in modules):
+        model.eval()
+        return
+    for module in modules:
+        _set_flag(module, False)
+
+
+def _set_flag(module: nn.Module, flag: bool) -> None:
+    own = vars(module)
+    # Setting an attribute of a module takes 20 times as long as this, and judging sets thousands.
+    if "training" in own:
+        own["training"] = flag
+    else:
+        module.training = flag
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
