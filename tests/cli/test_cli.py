@@ -328,3 +328,25 @@ def test_stages_need_bins(tmp_path, capfd, monkeypatch):
     done = here(capfd, monkeypatch, "search", out, "--stages", "2")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--bins" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--stages", "3", "--alpha", "0"], "--alpha 0.0: it must be a positive number"),
+        (["--bins", "0"], "--bins 0.0: the smallest bin size"),
+        (["--precision", "fp16", "--device", "cpu"], "--precision 'fp16' cannot be used on a CPU"),
+        (["--data", "cifar10"], "cifar10 needs --data-dir, the folder"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "pass --data-dir FOLDER"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--search-memory", "2XB"], "memory '2XB' is not an amount"),
+        (["--searcher-option", "caution=2"], "error: caution=2: a share from 0 to 1"),
+    ],
+    ids=str,
+)
+def test_refusals_name_the_options_that_people_write(options, named, tmp_path, capfd, monkeypatch):
+    slim = ["slim", "widthkit.bench.nets:plain_cnn", "--data", "digits", "--limit", "60", "--out", tmp_path / "out"]
+    done = here(capfd, monkeypatch, *slim, *options)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from widthkit.search import SEARCHERS, Searcher, SearchResult, Trial, search
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.outcome import describe
+from widthkit.search.progress import SearchBar
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.train import batch_statistics
@@ -523,3 +525,35 @@ def test_watchers_see_every_trial_and_rising_progress():
     progress = [p for _, p in seen]
     assert progress == sorted(progress)
     assert all(0 <= p <= 1 for p in progress)
+
+
+@pytest.mark.parametrize(
+    "options", [{"score_model": None}, {"score_model": "log-linear", "evaluations": 9}], ids=["plain", "guided"]
+)
+def test_progress_of_an_evolution_counts_networks_not_generations(options):
+    seen = []
+    quiet(
+        build(),
+        searcher="evolution",
+        population=4,
+        generations=3,
+        on_trial=lambda trial, progress: seen.append(progress),
+        **options,
+    )
+    total = 4 * 3 if "evaluations" not in options else 9 + 1
+    assert seen[:8] == [min(1.0, (i + 1) / total) for i in range(8)]
+
+
+def test_time_left_is_the_pace_of_timed_networks_and_nothing_before_two(monkeypatch):
+    """10 networks in all: three were in the journal, the others take 2 s each after the first."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    bar, trial = SearchBar(), Trial({}, -1.0, 1.0, None, 1, 1)
+    told = []
+    for i, seconds in enumerate([50.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]):
+        now[0] += seconds
+        bar(trial, (i + 1) / 10)
+        told.append(bar.seconds_left)
+    assert told[:4] == [None] * 4
+    assert told[4:9] == pytest.approx([10.0, 8.0, 6.0, 4.0, 2.0])
+    assert told[9] is None

@@ -15,11 +15,13 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from widthkit.bench.greedy import bounds
+from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.search.evaluator import Evaluator
 from widthkit.search.known import Known
 from widthkit.search.sharing import parse_memory, sharing_order
 from widthkit.supernet import make_supernet
+from widthkit.testing import small_graph
 from widthkit.trace import trace
 
 SIZE = 16
@@ -250,10 +252,17 @@ def test_nothing_stays_behind():
     assert all(type(p) is nn.Parameter for p in net.model.parameters())
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-1GB", "2XB"])
+@pytest.mark.parametrize("text", ["", "lots", "-1GB", "2XB", "2Mb", "@", -1])
 def test_amounts_of_memory_that_make_no_sense(text):
     with pytest.raises(OptionError, match="memory"):
         parse_memory(text)
+
+
+def test_amounts_of_memory_are_read_as_budgets_are():
+    graph = small_graph()
+    for text in ("2GB", "1.5 MiB", "300kB", "2.3e6B"):
+        assert parse_memory(text) == parse_budget(text, graph).limits[0].value
+    assert parse_memory("5M") == parse_memory(5 * 10**6) == 5 * 10**6
 
 
 # --- where sharing is unsafe ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from widthkit.errors import BudgetError, CheckpointError, OptionError
 from widthkit.narrow import narrow
 from widthkit.plan import apply_plan
 from widthkit.space import bin_sizes, flops_bins
-from widthkit.stages import StagePlan, next_supernet, run_stages, search_in_stages
+from widthkit.stages import StagePlan, first_beta, next_supernet, run_stages, search_in_stages
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace
@@ -87,6 +88,12 @@ def test_the_line_starts_at_the_supernets_cost_where_it_is_wider_than_the_model(
 def test_plans_that_make_no_sense(options):
     with pytest.raises(OptionError):
         StagePlan(parse_budget("0.5x", small_graph()), **options)
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), 1e-300, 1e300])
+def test_an_alpha_that_gives_no_first_bins_is_named(alpha):
+    with pytest.raises(OptionError, match=re.escape(f"alpha={alpha}")):
+        first_beta(alpha, 3)
 
 
 def test_a_later_space_has_the_found_widths_as_maximum_and_keeps_the_limits():

@@ -104,7 +104,15 @@ def run(model: str, seeds: int, epochs: int, k: int, image_size: int, budget: st
 
 
 def trained(model: str, seed: int, epochs: int, k: int, image_size: int) -> tuple[Supernet, Evaluator]:
-    """Train a small supernet on digits (one of ``bench.small``, or a model that takes ``width_mult``); its evaluator holds the validation part."""
+    """Train a supernet on digits; its evaluator holds the validation part.
+
+    Args:
+        model: One of :data:`widthkit.bench.small.MODELS`, or a model that takes ``width_mult``.
+        seed: Seeds data, weights and training.
+        epochs: Epochs of training.
+        k: Choices per group.
+        image_size: Pixels.
+    """
     data = load_data("digits", image_size=image_size, in_channels=3, seed=seed)
     torch.manual_seed(seed)
     dense = MODELS[model]() if model in MODELS else create_model(model, num_classes=data.num_classes, width_mult=0.25)
