@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -60,6 +62,13 @@ def trace(
     ({'0': 8}, 12384, 6192)
     """
     _refuse_wrappers(model)
+    with _uncollected():
+        return _trace(model, example_inputs, freeze, only, free_outputs)
+
+
+def _trace(
+    model: nn.Module, example_inputs: Any, freeze: Sequence[str], only: Sequence[str], free_outputs: bool
+) -> ChannelGraph:
     for text, patterns in (("freeze", freeze), ("only", only)):
         if isinstance(patterns, str):
             raise TraceError(f"{text}= takes a list of module paths, not a string; write {text}=['{patterns}']")
@@ -70,6 +79,18 @@ def trace(
             first.draft.run.store.freeze(labels, "model output; free_outputs=True lets it vary")
     first.draft.free_outputs = free_outputs
     return with_program(first.draft, probe(first.draft))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause Python's search for cycles: a trace makes many objects and keeps them, and the search goes through all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclasses.dataclass

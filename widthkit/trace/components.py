@@ -60,8 +60,10 @@ def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Compone
         if pick is None:
             pick = _best(choice, unit, frozen)
         taken.append(pick)
-        unit, frozen = _take(choice, choice.alternatives[pick], unit, frozen)
-    return Components(unit, frozen, taken)
+        unit = _take(choice, choice.alternatives[pick], unit, frozen)
+    present, dense = np.unique(unit, return_inverse=True)
+    ids = {component: number for number, component in enumerate(present.tolist())}
+    return Components(dense, {ids[component]: reason for component, reason in frozen.items()}, taken)
 
 
 def _labels_of(alternatives: Sequence[Alternative]) -> Labels:
@@ -90,17 +92,20 @@ def _local(involved: Labels, components: Labels) -> Labels:
     return np.searchsorted(involved, components).astype(np.int64)
 
 
-def _take(
-    choice: Choice, alternative: Alternative, unit: Labels, frozen: dict[int, str]
-) -> tuple[Labels, dict[int, str]]:
-    n = int(unit.max()) + 1
+def _take(choice: Choice, alternative: Alternative, unit: Labels, frozen: dict[int, str]) -> Labels:
+    """Join what an alternative ties, under the number of one of them, and freeze what it freezes (in ``frozen``)."""
     ties = [(unit[a], unit[b]) for a, b in alternative.ties if a.size]
-    merged = connect(n, ties)
-    moved: dict[int, str] = {}
-    for component, reason in frozen.items():
-        moved.setdefault(int(merged[component]), reason)
-    unit = merged[unit]
+    if ties:
+        involved = np.unique(np.concatenate([side for tie in ties for side in tie]))
+        merged = connect(len(involved), [(_local(involved, a), _local(involved, b)) for a, b in ties])
+        _, first = np.unique(merged, return_index=True)
+        target = np.arange(int(unit.max()) + 1)
+        target[involved] = involved[first[merged]]
+        for component in involved[target[involved] != involved].tolist():
+            if component in frozen:
+                frozen.setdefault(int(target[component]), frozen.pop(component))
+        unit = target[unit]
     for labels in alternative.freezes:
         for component in np.unique(unit[labels]).tolist():
-            moved.setdefault(component, f"{choice.where}: kept whole so that '{alternative.name}' can vary")
-    return unit, moved
+            frozen.setdefault(component, f"{choice.where}: kept whole so that '{alternative.name}' can vary")
+    return unit

@@ -16,6 +16,7 @@ from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
 from widthkit.trace.hollow import made_up, replaces
 from widthkit.trace.inputs import Keywords
+from widthkit.trace.quick import quick
 
 
 class Recorder(TorchDispatchMode):
@@ -30,7 +31,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then its rule; an operator without a rule freezes what enters it."""
         kwargs = kwargs or {}
-        out = made_up(func, args, kwargs) if self.hollow and replaces(func, args, kwargs) else func(*args, **kwargs)
+        out = self._result(func, args, kwargs)
         tensors = flat_tensors((args, kwargs))
         self.run.keep.append((tensors, out))
         self.run.calls.append((func, args, kwargs, out))
@@ -44,6 +45,12 @@ class Recorder(TorchDispatchMode):
             self._unknown(context)
         self.run.note(path, context.name, tensors, flat_tensors((out,)))
         return out
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.hollow and replaces(func, args, kwargs):
+            return made_up(func, args, kwargs)
+        out = quick(func, args, kwargs)
+        return func(*args, **kwargs) if out is None else out
 
     def _unknown(self, context: OpContext) -> None:
         labelled = [t for t in context.tensors() if any(d is not None for d in context.dims(t))]

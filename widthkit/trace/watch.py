@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widthkit.clone import named_tensors
 from widthkit.trace.context import flat_tensors
+from widthkit.trace.quick import quick
 from widthkit.trace.recorder import call
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -67,7 +68,9 @@ class Watch(TorchDispatchMode):
         given = flat_tensors((args, kwargs))
         for position, tensor in enumerate(given):
             self._meet(tensor, (number, -1 - position), born=0)
-        out = func(*args, **kwargs)
+        out = quick(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         made = flat_tensors((out,))
         fresh = [self._meet(tensor, (number, position), born=number) for position, tensor in enumerate(made)]
         self.seen.names.append(str(func))
