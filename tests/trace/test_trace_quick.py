@@ -1,4 +1,4 @@
-"""Results that the tracer makes up on the meta device are those of PyTorch: shape, type, strides; errors stay errors."""
+"""What the tracer makes up on the meta device is what PyTorch returns: shape, type, strides; errors stay errors."""
 
 import itertools
 

@@ -17,7 +17,7 @@ from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, un
 from widthkit.trace.claims import Claim, ClaimWatch
 from widthkit.trace.context import RunState, flat_tensors
 from widthkit.trace.draft import Draft
-from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype
+from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype, needs_values
 from widthkit.trace.numbers import install
 from widthkit.trace.probe import probe
 from widthkit.trace.program import double_batch, with_program
@@ -132,6 +132,8 @@ def _first_run(model: nn.Module, example: Any) -> _FirstRun:
                 # The likeliest input comes first, and what it says helps most.
                 if device != "meta" or home == "meta":
                     failure = failure or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                if device == "meta" and needs_values(error):
+                    break
     what = "the given example_inputs" if example is not None else "any example input that was tried"
     raise ModelError(f"{type(model).__name__} does not run on {what} ({failure}); pass example_inputs=")
 

@@ -85,6 +85,7 @@ class Units:
     reasons: Mapping[int, str]
 
     def positions(self, components: IntArray) -> Positions:
+        """Return which group and which rank in it every one of some components has."""
         group = self.group[components]
         return Positions(group, np.where(group >= 0, self.rank[components], 0))
 
@@ -241,9 +242,7 @@ def _attributes(records: Sequence[AttributeRecord], units: Units, unit: Labels) 
     return tuple(found.values())
 
 
-def _frozen_report(
-    infos: Mapping[str, TensorInfo], seeds: Seeds, unit: Labels, units: Units
-) -> dict[str, str]:
+def _frozen_report(infos: Mapping[str, TensorInfo], seeds: Seeds, unit: Labels, units: Units) -> dict[str, str]:
     """Say for every dim that is not, or not wholly, searchable why it is not."""
     report: dict[str, str] = {}
     for name, info in infos.items():

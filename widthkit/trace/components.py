@@ -50,10 +50,7 @@ def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Compone
         forced: Index of a choice -> index of the alternative to take there, whatever it leaves free.
     """
     unit = connect(store.size, store.ties)
-    frozen: dict[int, str] = {}
-    for labels, reason in store.freezes:
-        for component in np.unique(unit[labels]).tolist():
-            frozen.setdefault(component, reason)
+    frozen = _frozen(store, unit)
     taken = []
     for number, choice in enumerate(store.choices):
         pick = (forced or {}).get(number)
@@ -64,6 +61,16 @@ def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Compone
     present, dense = np.unique(unit, return_inverse=True)
     ids = {component: number for number, component in enumerate(present.tolist())}
     return Components(dense, {ids[component]: reason for component, reason in frozen.items()}, taken)
+
+
+def _frozen(store: LabelStore, unit: Labels) -> dict[int, str]:
+    """Return component -> the reason of the first freeze that names one of its labels."""
+    if not store.freezes:
+        return {}
+    components = np.concatenate([unit[labels] for labels, _ in store.freezes])
+    number = np.repeat(np.arange(len(store.freezes)), [len(labels) for labels, _ in store.freezes])
+    found, first = np.unique(components, return_index=True)
+    return {c: store.freezes[n][1] for c, n in zip(found.tolist(), number[first].tolist(), strict=True)}
 
 
 def _labels_of(alternatives: Sequence[Alternative]) -> Labels:

@@ -63,7 +63,7 @@ def double_batch(inputs: Inputs) -> Inputs:
 
 def _watched(draft: Draft, inputs: Inputs) -> Seen | None:
     try:
-        return watch(draft.model, inputs)
+        return watch(draft.model, inputs, draft.hollow)
     except Exception:  # whatever a model may raise at a batch size that it was not made for
         return None
 

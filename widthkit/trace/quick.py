@@ -1,8 +1,8 @@
 """Results of common operators on the meta device without PyTorch's own, which takes up to a millisecond a call.
 
-Only the shape, type and layout of a result matter on the meta device. PyTorch works them out in Python, through several
-layers. For calls that are plainly valid (contiguous tensors of one floating-point type, sizes that fit) they follow in a
-line. Everything else goes PyTorch's way; so do all calls that must raise.
+Only the shape, type and layout of a result matter on the meta device. PyTorch works them out in Python, through many
+layers. For calls that are plainly valid (contiguous tensors of one floating-point type, sizes that fit) they follow
+in a line. Everything else goes PyTorch's way; so do all calls that must raise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _POINTWISE = {
     *("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "hardtanh"),
@@ -37,6 +38,15 @@ def quick(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         return _in_place(args, kwargs)
     own = _OTHERS.get(name)
     return None if own is None else own(args, kwargs)
+
+
+class Quick(TorchDispatchMode):
+    """Runs on the meta device with quick results; under inference mode, as composite operators must arrive whole."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = quick(func, args, kwargs)
+        return func(*args, **kwargs) if out is None else out
 
 
 def _plain(*tensors: Any) -> bool:

@@ -31,7 +31,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then its rule; an operator without a rule freezes what enters it."""
         kwargs = kwargs or {}
-        out = self._result(func, args, kwargs)
+        out = result(func, args, kwargs, self.hollow)
         tensors = flat_tensors((args, kwargs))
         self.run.keep.append((tensors, out))
         self.run.calls.append((func, args, kwargs, out))
@@ -46,18 +46,20 @@ class Recorder(TorchDispatchMode):
         self.run.note(path, context.name, tensors, flat_tensors((out,)))
         return out
 
-    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.hollow and replaces(func, args, kwargs):
-            return made_up(func, args, kwargs)
-        out = quick(func, args, kwargs)
-        return func(*args, **kwargs) if out is None else out
-
     def _unknown(self, context: OpContext) -> None:
         labelled = [t for t in context.tensors() if any(d is not None for d in context.dims(t))]
         if labelled:
             self.run.unknown[context.name] = context.path
         for tensor in labelled:
             context.freeze_tensor(tensor, "has no coupling rule (docs/rules.md says how to register one)")
+
+
+def result(func: Any, args: Any, kwargs: Any, hollow: bool) -> Any:
+    """Return what a call returns, by the cheapest way that has its shape (:mod:`quick`) and its decisions."""
+    if hollow and replaces(func, args, kwargs):
+        return made_up(func, args, kwargs)
+    out = quick(func, args, kwargs)
+    return func(*args, **kwargs) if out is None else out
 
 
 def _apply(rule: rules.Rule, context: OpContext) -> None:
