@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from widthkit.trace.inputs import Inputs
 from widthkit.trace.recorder import call
 
 PEERS = ("torch-pruning",)
+PEER_SECONDS = 60
+"""A peer that needs longer is stopped."""
 
 
 def compare(peer: str, model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds: float) -> dict[str, Any]:
@@ -46,7 +51,8 @@ def compare(peer: str, model: nn.Module, inputs: Inputs, graph: ChannelGraph, tr
     victim = copy.deepcopy(model)
     start = time.process_time()
     try:
-        _torch_pruning(victim, inputs)
+        with _limited(PEER_SECONDS):
+            _torch_pruning(victim, inputs)
         row["params"] = n_params(victim)
         if row["params"] == n_params(model):
             row["error"] = "nothing was pruned"
@@ -54,6 +60,22 @@ def compare(peer: str, model: nn.Module, inputs: Inputs, graph: ChannelGraph, tr
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     row["seconds"] = time.process_time() - start
     return row
+
+
+@contextlib.contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    """Raise a ``TimeoutError`` in the main thread when the body takes longer."""
+
+    def stop(_: int, __: Any) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _torch_pruning(model: nn.Module, inputs: Inputs) -> None:
