@@ -41,7 +41,7 @@ def parse_memory(memory: str | int) -> int:
         return memory
     amount = memory_amount(str(memory))
     if amount is None:
-        raise OptionError(f"memory '{memory}' is not an amount; write it like 2GB or 500MiB")
+        raise OptionError(f"memory={memory!r}: this is no amount; write it like 2GB or 500MiB")
     return int(amount)
 
 
