@@ -226,15 +226,15 @@ def _return_buffers(back: list[tuple[Tensor, Spec, Tensor]]) -> None:
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[_Slot, ...]]:
-    """Map every tensor's first name to all the places that hold it."""
-    modules = dict(model.named_modules())
+    """Map every tensor's first name to all the places that hold it; a module of several names is one place."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
     for first, names in all_names(model).items():
-        slots = []
+        slots: dict[tuple[int, str], _Slot] = {}
         for name in names:
             path, _, key = name.rpartition(".")
             module = modules[path]
             table: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-            slots.append(_Slot(module, table, key))
-        found[first] = tuple(slots)
+            slots[id(table), key] = _Slot(module, table, key)
+        found[first] = tuple(slots.values())
     return found

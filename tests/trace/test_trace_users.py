@@ -55,6 +55,21 @@ class CalledTwice(Net):
         return [self.head(self.tower(level)) for level in (x, self.down(x))]
 
 
+class SharedModule(Net):
+    """Blocks that hold a part of the model, which so has several names (CoaT's position encodings)."""
+
+    def __init__(self):
+        super().__init__(stem=ConvBN(3, 6), part=point(6, 6))
+        self.blocks = nn.ModuleList(Net(part=self.part, mlp=ConvBN(6, 6)) for _ in range(2))
+        self.head = point(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block.mlp(x + block.part(x))
+        return self.head(x)
+
+
 class Unused(PlainChain):
     """Some modules wait for a call that never comes."""
 
@@ -188,6 +203,7 @@ CASES = {
     Tied: {"stem.conv": 8, "code": 6},
     SharedParameter: {"stem.conv": 6},
     CalledTwice: {"stem.conv": 6, "tower.conv": 8},
+    SharedModule: {"stem.conv": 6, "blocks.1.mlp.conv": 6},
     Unused: {"stem.conv": 6, "mid.conv": 8},
     Free: {"stem.conv": 6, "mix": 5},
     LoRA: {"stem.conv": 8, "base": 10, "down": 3},

@@ -22,7 +22,7 @@ from widthkit.trace.recorder import call
 
 PEERS = ("torch-pruning",)
 PEER_SECONDS = 60
-"""A peer that needs longer is stopped."""
+"""A peer that needs more of the processor's time is stopped."""
 
 
 def compare(peer: str, model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds: float) -> dict[str, Any]:
@@ -64,18 +64,18 @@ def compare(peer: str, model: nn.Module, inputs: Inputs, graph: ChannelGraph, tr
 
 @contextlib.contextmanager
 def _limited(seconds: int) -> Iterator[None]:
-    """Raise a ``TimeoutError`` in the main thread when the body takes longer."""
+    """Raise a ``TimeoutError`` in the main thread when the body takes more of the processor's time."""
 
     def stop(_: int, __: Any) -> None:
         raise TimeoutError(f"took longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _torch_pruning(model: nn.Module, inputs: Inputs) -> None:
