@@ -147,15 +147,18 @@ def whole_lines(path):
     return path.read_bytes().count(b"\n")
 
 
-def check_resumed(out, pieces_run, resume, tmp_path):
+def check_resumed(out, pieces_run, tmp_path, monkeypatch):
     """Go on from a folder, and check that only what no file holds is computed."""
+    run, again = Evaluator._part, []
     quiet(tmp_path / "whole", batch_size=8)
     journal = "search-journal.jsonl"
     kept = whole_lines(out / "search-journal-pieces.jsonl") - 1
     judged = whole_lines(out / journal) - 1
     # Three batches on two paths make a judgement.
     assert pieces_run[0] <= kept + 6 * judged <= pieces_run[1]
-    assert resume() == 6 * (whole_lines(tmp_path / "whole" / journal) - 1 - judged) - kept
+    monkeypatch.setattr(Evaluator, "_part", lambda *args: again.append(0) or run(*args))
+    quiet(out, batch_size=8, memory=100, resume=True)
+    assert len(again) == 6 * (whole_lines(tmp_path / "whole" / journal) - 1 - judged) - kept
     for name in (journal, "search.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (out / "search-journal-pieces.jsonl").exists()
@@ -176,18 +179,11 @@ def test_a_search_interrupted_while_judgements_wait_for_memory_loses_one_network
     with pytest.raises(KeyboardInterrupt):
         quiet(tmp_path / "out", batch_size=8, memory=100)
     monkeypatch.setattr(Evaluator, "_part", run)
-
-    def resume():
-        done = []
-        monkeypatch.setattr(Evaluator, "_part", lambda *args: done.append(0) or run(*args))
-        quiet(tmp_path / "out", batch_size=8, memory=100, resume=True)
-        return len(done)
-
     # What has run of the network in flight is not written yet.
-    check_resumed(tmp_path / "out", (n - 5, n), resume, tmp_path)
+    check_resumed(tmp_path / "out", (n - 5, n), tmp_path, monkeypatch)
 
 
-def test_killed_processes_lose_one_network_each(tmp_path):
+def test_killed_processes_lose_one_network_each(tmp_path, monkeypatch):
     out, port = tmp_path / "out", free_port()
     pieces = out / "search-journal-pieces.jsonl"
     workers = [start(out, "tight", rank, port) for rank in range(2)]
@@ -201,4 +197,4 @@ def test_killed_processes_lose_one_network_each(tmp_path):
         for worker in workers:
             worker.send_signal(signal.SIGKILL)
         run = sum(worker.communicate()[0].count("piece\n") for worker in workers)
-    check_resumed(out, (run - 2 * 6, run), lambda: start(out, "tight").communicate()[0].count("piece\n"), tmp_path)
+    check_resumed(out, (run - 2 * 6, run), tmp_path, monkeypatch)
