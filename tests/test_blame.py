@@ -129,7 +129,7 @@ def test_latency_of_a_saved_and_of_a_searched_network_eager_and_compiled(tmp_pat
 
 
 def test_every_network_is_compiled_at_every_batch_size(compiled):
-    """More than the cache of their class holds (timm raises its size); past that torch runs eagerly, and only logs it."""
+    """Where the cache of their class is full, torch runs eagerly and only logs it; timm raises its size."""
     nets = {name: Own(width).eval() for name, width in (("dense", 8), ("b", 7), ("c", 6))}
     with torch._dynamo.config.patch(recompile_limit=8):
         for batch in range(2, 6):

@@ -198,8 +198,8 @@ def measure(
     format_ = torch.channels_last if setting.channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=format_)
     ready = {n: net.to(setting.device, dtype).to(memory_format=format_).eval() for n, net in nets.items()}  # type: ignore[call-overload]
-    # Networks of one class share a cache of compiled code; where it is full (eight entries, unless a library like timm
-    # has raised that), torch runs eagerly and only logs it. So every measurement starts anew, and a full one is an error.
+    # Networks of one class share a cache of compiled code; where it is full (eight entries, unless a library such as
+    # timm has raised that), torch runs eagerly and only logs it. So every measurement starts with an empty cache.
     torch.compiler.reset()
     with torch.inference_mode(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         calls = {name: _call(net, x, mode) for name, net in ready.items()}
