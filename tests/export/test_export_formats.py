@@ -16,8 +16,8 @@ from torchvision.models.resnet import BasicBlock
 
 import widthkit as wk
 from widthkit.errors import ExportError, OptionError, SlimFileError
-from widthkit.export import check_same, fold_batchnorm
-from widthkit.export.check import Comparison, compare, resized, rounding_share, tolerance
+from widthkit.export import check_same, fold_batchnorm, formats
+from widthkit.export.check import Comparison, compare, full_float32, resized, rounding_share, tolerance
 from widthkit.export.convert import FORMATS, OPSET, Onnx, TorchExport
 
 MODELS = {
@@ -307,6 +307,34 @@ def test_a_model_that_torch_export_cannot_read_is_refused_in_one_line(tmp_path):
     with pytest.raises(SlimFileError, match="not made by"):
         wk.save(nn.Linear(2, 2), tmp_path / "slim", example_inputs=(2, 2))
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_recorded_are_taken_back(resnet, tmp_path, monkeypatch):
+    write, calls = formats.atomic_json, []
+
+    def full_disk(path, record):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(path, record)
+
+    monkeypatch.setattr(formats, "atomic_json", full_disk)
+    with pytest.raises(OptionError, match="No space left"):
+        wk.save(resnet, tmp_path / "s", formats=["safetensors", "pt2"], example_inputs=SHAPE, say=None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_comparisons_on_cuda_do_not_round_to_tf32_and_settings_come_back(usual):
+    """The settings are read and written without a GPU too."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, allow_tf32=usual):
+        with full_float32(torch.device("cpu")):
+            assert cudnn.allow_tf32 == usual
+        with full_float32(torch.device("cuda")):
+            assert (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark) == (False, True, True)
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark) == (usual, True, True)
 
 
 def test_comparisons_see_shapes_nan_and_size():
