@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ def clone_with(model: nn.Module, make: TensorMap) -> nn.Module:
         for name, tensor in named_tensors(model).items():
             new = make(name, tensor)
             memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    _foresee_empty(model, memo)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -49,6 +51,14 @@ def clone_with(model: nn.Module, make: TensorMap) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
             "widthkit works on copies so that your model stays as it is"
         ) from error
+
+
+def _foresee_empty(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the empty dictionaries of modules here; every module has a dozen, and ``deepcopy`` takes long over each."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if not value and type(value) in (dict, OrderedDict):
+                memo[id(value)] = type(value)()
 
 
 def meta_clone(model: nn.Module) -> nn.Module:

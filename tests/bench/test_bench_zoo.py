@@ -72,10 +72,10 @@ def test_the_table_names_who_misses_a_bar():
             "model": "timm/good",
             "stage": "done",
             "oracles": {"macs": "pass", "fvcore": "1 counted"},
-            "trace_seconds": 1.0,
+            "trace_cpu_seconds": 1.0,
         },
         {"model": "timm/bad", "stage": "done", "oracles": {"permutation": "off by 1"}, "searchable_macs_share": 0.5},
-        {"model": "timm/slow", "stage": "done", "params": 5, "trace_seconds": 11.0, "frozen": {"a|b": 1}},
+        {"model": "timm/slow", "stage": "done", "params": 5, "trace_cpu_seconds": 11.0, "frozen": {"a|b": 1}},
     ]
     page = markdown(rows, "timm", {})
     assert [bool(failures(r)) for r in rows] == [False, True, False]

@@ -109,8 +109,16 @@ def n_params(model: nn.Module) -> int:
 
 def counted_macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-adds as ``torch.utils.flop_counter`` counts them: convolutions, matrix products, fused attention."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        call(model, inputs)
+    # The counter's hooks look for gradients of a module's inputs where these are parameters (class tokens).
+    free = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in free:
+            parameter.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            call(model, inputs)
+    finally:
+        for parameter in free:
+            parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,7 @@ from widthkit.trace.build import freeze_matching, freeze_unused, seed_labels, un
 from widthkit.trace.claims import Claim, ClaimWatch
 from widthkit.trace.context import RunState, flat_tensors
 from widthkit.trace.draft import Draft
-from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype
+from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype, needs_values
 from widthkit.trace.numbers import install
 from widthkit.trace.probe import probe
 from widthkit.trace.program import double_batch, with_program
@@ -60,6 +62,13 @@ def trace(
     ({'0': 8}, 12384, 6192)
     """
     _refuse_wrappers(model)
+    with _uncollected():
+        return _trace(model, example_inputs, freeze, only, free_outputs)
+
+
+def _trace(
+    model: nn.Module, example_inputs: Any, freeze: Sequence[str], only: Sequence[str], free_outputs: bool
+) -> ChannelGraph:
     for text, patterns in (("freeze", freeze), ("only", only)):
         if isinstance(patterns, str):
             raise TraceError(f"{text}= takes a list of module paths, not a string; write {text}=['{patterns}']")
@@ -70,6 +79,18 @@ def trace(
             first.draft.run.store.freeze(labels, "model output; free_outputs=True lets it vary")
     first.draft.free_outputs = free_outputs
     return with_program(first.draft, probe(first.draft))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause Python's search for cycles: a trace makes many objects and keeps them, and the search goes through all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclasses.dataclass
@@ -111,6 +132,8 @@ def _first_run(model: nn.Module, example: Any) -> _FirstRun:
                 # The likeliest input comes first, and what it says helps most.
                 if device != "meta" or home == "meta":
                     failure = failure or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                if device == "meta" and needs_values(error):
+                    break
     what = "the given example_inputs" if example is not None else "any example input that was tried"
     raise ModelError(f"{type(model).__name__} does not run on {what} ({failure}); pass example_inputs=")
 

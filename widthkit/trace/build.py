@@ -75,15 +75,17 @@ def under(module: str, pattern: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Units:
-    """``group[c]`` and ``rank[c]`` of every component; -1 where it is fixed."""
+class Units:
+    """``group[c]`` and ``rank[c]`` of every component; -1 where it is fixed, with the reason where there is one."""
 
     names: tuple[str, ...]
     widths: IntArray
     group: IntArray
     rank: IntArray
+    reasons: Mapping[int, str]
 
     def positions(self, components: IntArray) -> Positions:
+        """Return which group and which rank in it every one of some components has."""
         group = self.group[components]
         return Positions(group, np.where(group >= 0, self.rank[components], 0))
 
@@ -93,6 +95,7 @@ def build_graph(
     run: RunState,
     seeds: Seeds,
     solved: Components,
+    units: Units,
     *,
     batch: int,
     attributes: Sequence[AttributeRecord],
@@ -104,7 +107,8 @@ def build_graph(
         model: The copy that was run.
         run: Its record.
         seeds: The labels its tensors started with.
-        solved: Units and frozen components.
+        solved: Which labels belong to one component.
+        units: Which group every component belongs to.
         batch: Batch size of the example input; MACs are per example.
         attributes: Integer attributes that count channels; of several for one attribute the first holds.
         notes: What the tracer wants people to know.
@@ -112,8 +116,6 @@ def build_graph(
     tensors = named_tensors(model)
     parameters = {name for name, _ in model.named_parameters()}
     unit = solved.unit
-    reasons = dict(solved.frozen)
-    units = _group_units(seeds, unit, reasons, parameters)
     aliases = all_names(model)
     turned = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
     infos = {
@@ -123,30 +125,32 @@ def build_graph(
         )
         for name, tensor in tensors.items()
     }
-    frozen = _frozen_report(infos, seeds, unit, reasons, units)
+    frozen = _frozen_report(infos, seeds, unit, units)
     cost = _cost(run, infos, units, unit, batch)
     found = _attributes(attributes, units, unit)
     return ChannelGraph(units.names, units.widths, infos, found, frozen, cost, tuple(notes))
 
 
-def affine_forms(
-    model: nn.Module, seeds: Seeds, solved: Components, graph: ChannelGraph
-) -> Callable[[Labels], IntArray]:
+def affine_forms(solved: Components, units: Units) -> Callable[[Labels], IntArray]:
     """Return a function that says how many positions of a label array remain: ``[1 + groups]``, affine in the widths.
+
+    Args:
+        solved: Which labels belong to one component.
+        units: Which group every component belongs to.
+    """
+    return lambda labels: units.positions(solved.unit[labels]).affine(len(units.names), units.widths)
+
+
+def group_units(model: nn.Module, seeds: Seeds, solved: Components) -> Units:
+    """Group components that occur equally often at the same tensor dims.
 
     Args:
         model: The copy that was run.
         seeds: The labels its tensors started with.
-        solved: Units and frozen components.
-        graph: What :func:`build_graph` made of them.
+        solved: Which labels belong to one component, and which components are frozen.
     """
+    unit, reasons = solved.unit, dict(solved.frozen)
     parameters = {name for name, _ in model.named_parameters()}
-    units = _group_units(seeds, solved.unit, dict(solved.frozen), parameters)
-    return lambda labels: units.positions(solved.unit[labels]).affine(len(graph.group_names), graph.group_widths)
-
-
-def _group_units(seeds: Seeds, unit: Labels, reasons: dict[int, str], parameters: set[str]) -> _Units:
-    """Group components that occur equally often at the same tensor dims."""
     columns: list[IntArray] = []
     where: list[tuple[str, int]] = []
     for name, dims in seeds.labels.items():
@@ -158,7 +162,7 @@ def _group_units(seeds: Seeds, unit: Labels, reasons: dict[int, str], parameters
     group = np.full(n, -1, dtype=np.int64)
     rank = np.zeros(n, dtype=np.int64)
     if not columns:
-        return _Units((), np.zeros(0, dtype=np.int64), group, rank)
+        return Units((), np.zeros(0, dtype=np.int64), group, rank, reasons)
     members = _signatures(columns, n, set(reasons), {i for i, (name, _) in enumerate(where) if name in parameters})
     producers = {i for i, (name, dim) in enumerate(where) if name in parameters and _makes(seeds.labels[name], dim)}
     names: list[str] = []
@@ -173,7 +177,7 @@ def _group_units(seeds: Seeds, unit: Labels, reasons: dict[int, str], parameters
         rank[components] = np.arange(len(components))
         names.append(name)
         widths.append(len(components))
-    return _Units(tuple(names), np.array(widths, dtype=np.int64), group, rank)
+    return Units(tuple(names), np.array(widths, dtype=np.int64), group, rank, reasons)
 
 
 def _makes(labels: tuple[Labels | None, ...], dim: int) -> bool:
@@ -188,7 +192,8 @@ def _signatures(
     sites = np.concatenate([np.full(len(c), i, dtype=np.int64) for i, c in enumerate(columns)])
     components = np.concatenate(columns)
     first_seen = np.full(n, np.iinfo(np.int64).max, dtype=np.int64)
-    np.minimum.at(first_seen, components, np.arange(len(components)))
+    # Where an index repeats, the last value holds; backwards that is the first.
+    first_seen[components[::-1]] = np.arange(len(components))[::-1]
     pairs, counts = np.unique(components * len(columns) + sites, return_counts=True)
     owner, site = pairs // len(columns), pairs % len(columns)
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
@@ -218,7 +223,7 @@ def _unique_name(name: str, taken: list[str]) -> str:
 
 
 def _tensor_info(
-    name: str, tensor: Tensor, seeds: Seeds, units: _Units, unit: Labels, is_parameter: bool, aliases: tuple[str, ...]
+    name: str, tensor: Tensor, seeds: Seeds, units: Units, unit: Labels, is_parameter: bool, aliases: tuple[str, ...]
 ) -> TensorInfo:
     dims: list[Positions | None] = []
     for labels in seeds.labels.get(name, (None,) * tensor.ndim):
@@ -227,7 +232,7 @@ def _tensor_info(
     return TensorInfo(name, tuple(tensor.shape), tuple(dims), is_parameter, aliases)
 
 
-def _attributes(records: Sequence[AttributeRecord], units: _Units, unit: Labels) -> tuple[AttributeInfo, ...]:
+def _attributes(records: Sequence[AttributeRecord], units: Units, unit: Labels) -> tuple[AttributeInfo, ...]:
     found: dict[tuple[str, str, int | None], AttributeInfo] = {}
     for record in records:
         positions = units.positions(unit[record.labels])
@@ -237,9 +242,7 @@ def _attributes(records: Sequence[AttributeRecord], units: _Units, unit: Labels)
     return tuple(found.values())
 
 
-def _frozen_report(
-    infos: Mapping[str, TensorInfo], seeds: Seeds, unit: Labels, reasons: Mapping[int, str], units: _Units
-) -> dict[str, str]:
+def _frozen_report(infos: Mapping[str, TensorInfo], seeds: Seeds, unit: Labels, units: Units) -> dict[str, str]:
     """Say for every dim that is not, or not wholly, searchable why it is not."""
     report: dict[str, str] = {}
     for name, info in infos.items():
@@ -252,7 +255,7 @@ def _frozen_report(
             components = unit[labels]
             stuck = components[units.group[components] < 0]
             if len(stuck):
-                why = reasons.get(int(stuck[0]), "no parameter depends on it")
+                why = units.reasons.get(int(stuck[0]), "no parameter depends on it")
                 partly = "" if len(stuck) == len(components) else f"{len(stuck)} of {len(components)} positions: "
                 report[key] = partly + why
     return report
@@ -264,7 +267,7 @@ def _unlabelled(name: str, size: int, seeds: Seeds) -> str:
     return "size of a convolution kernel" if name in seeds.labels else "not a floating-point tensor"
 
 
-def _cost(run: RunState, infos: Mapping[str, TensorInfo], units: _Units, unit: Labels, batch: int) -> CostModel:
+def _cost(run: RunState, infos: Mapping[str, TensorInfo], units: Units, unit: Labels, batch: int) -> CostModel:
     n = len(units.names)
 
     def form(positions: Positions) -> IntArray:

@@ -50,18 +50,27 @@ def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Compone
         forced: Index of a choice -> index of the alternative to take there, whatever it leaves free.
     """
     unit = connect(store.size, store.ties)
-    frozen: dict[int, str] = {}
-    for labels, reason in store.freezes:
-        for component in np.unique(unit[labels]).tolist():
-            frozen.setdefault(component, reason)
+    frozen = _frozen(store, unit)
     taken = []
     for number, choice in enumerate(store.choices):
         pick = (forced or {}).get(number)
         if pick is None:
             pick = _best(choice, unit, frozen)
         taken.append(pick)
-        unit, frozen = _take(choice, choice.alternatives[pick], unit, frozen)
-    return Components(unit, frozen, taken)
+        unit = _take(choice, choice.alternatives[pick], unit, frozen)
+    present, dense = np.unique(unit, return_inverse=True)
+    ids = {component: number for number, component in enumerate(present.tolist())}
+    return Components(dense, {ids[component]: reason for component, reason in frozen.items()}, taken)
+
+
+def _frozen(store: LabelStore, unit: Labels) -> dict[int, str]:
+    """Return component -> the reason of the first freeze that names one of its labels."""
+    if not store.freezes:
+        return {}
+    components = np.concatenate([unit[labels] for labels, _ in store.freezes])
+    number = np.repeat(np.arange(len(store.freezes)), [len(labels) for labels, _ in store.freezes])
+    found, first = np.unique(components, return_index=True)
+    return {c: store.freezes[n][1] for c, n in zip(found.tolist(), number[first].tolist(), strict=True)}
 
 
 def _labels_of(alternatives: Sequence[Alternative]) -> Labels:
@@ -90,17 +99,20 @@ def _local(involved: Labels, components: Labels) -> Labels:
     return np.searchsorted(involved, components).astype(np.int64)
 
 
-def _take(
-    choice: Choice, alternative: Alternative, unit: Labels, frozen: dict[int, str]
-) -> tuple[Labels, dict[int, str]]:
-    n = int(unit.max()) + 1
+def _take(choice: Choice, alternative: Alternative, unit: Labels, frozen: dict[int, str]) -> Labels:
+    """Join what an alternative ties, under the number of one of them, and freeze what it freezes (in ``frozen``)."""
     ties = [(unit[a], unit[b]) for a, b in alternative.ties if a.size]
-    merged = connect(n, ties)
-    moved: dict[int, str] = {}
-    for component, reason in frozen.items():
-        moved.setdefault(int(merged[component]), reason)
-    unit = merged[unit]
+    if ties:
+        involved = np.unique(np.concatenate([side for tie in ties for side in tie]))
+        merged = connect(len(involved), [(_local(involved, a), _local(involved, b)) for a, b in ties])
+        _, first = np.unique(merged, return_index=True)
+        target = np.arange(int(unit.max()) + 1)
+        target[involved] = involved[first[merged]]
+        for component in involved[target[involved] != involved].tolist():
+            if component in frozen:
+                frozen.setdefault(int(target[component]), frozen.pop(component))
+        unit = target[unit]
     for labels in alternative.freezes:
         for component in np.unique(unit[labels]).tolist():
-            moved.setdefault(component, f"{choice.where}: kept whole so that '{alternative.name}' can vary")
-    return unit, moved
+            frozen.setdefault(component, f"{choice.where}: kept whole so that '{alternative.name}' can vary")
+    return unit

@@ -11,7 +11,7 @@ from torch import nn
 from widthkit.clone import named_tensors
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.plan import Plan, apply_plan, make_plan
-from widthkit.trace.build import Seeds, build_graph
+from widthkit.trace.build import Seeds, Units, build_graph, group_units
 from widthkit.trace.compare import Expectation, disagreement, divergence
 from widthkit.trace.components import Components, solve
 from widthkit.trace.context import AttributeRecord, RunState, flat_tensors
@@ -64,16 +64,18 @@ class Draft:
     hollow: bool = False
     hopeless: set[tuple[type, int]] = field(default_factory=set)
     _solved: tuple[object, Components] | None = None
+    _units: Units | None = None
 
     def build(self) -> tuple[ChannelGraph, Components]:
         """Solve and assemble with the decisions so far."""
-        solved = self.solve()
+        solved, units = self.solve(), self.units()
         chosen = [AttributeRecord(*key, labels) for key, labels in self.attributes.items()]
         graph = build_graph(
             self.model,
             self.run,
             self.seeds,
             solved,
+            units,
             batch=self.batch,
             attributes=[*chosen, *self.run.attributes],
             notes=self.notes,
@@ -85,7 +87,15 @@ class Draft:
         decided = (len(self.run.store.freezes), tuple(sorted(self.forced.items())))
         if self._solved is None or self._solved[0] != decided:
             self._solved = decided, solve(self.run.store, self.forced)
+            self._units = None
         return self._solved[1]
+
+    def units(self) -> Units:
+        """Group the components of :meth:`solve`."""
+        solved = self.solve()
+        if self._units is None:
+            self._units = group_units(self.model, self.seeds, solved)
+        return self._units
 
 
 def check(draft: Draft, graph: ChannelGraph, solved: Components, shrink: Iterable[str], turn: int) -> Misfit | None:

@@ -64,6 +64,11 @@ def candidates(model: nn.Module, sizes: Sequence[int] | None = None) -> Iterator
             yield ([_random(shape[1:], dtype)],)
 
 
+def needs_values(error: Exception) -> bool:
+    """Whether a run on the meta device failed because the model looks at values, which no other size would change."""
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+
+
 def _n_required(model: nn.Module) -> int:
     """How many tensors a model must be given; one where its signature does not say."""
     try:

@@ -32,7 +32,7 @@ def with_program(draft: Draft, graph: ChannelGraph) -> ChannelGraph:
         seen = _watched(draft, double_batch(draft.inputs) if doubled else draft.inputs)
         numbers = None if seen is None else align(names, seen.names)
         if seen is not None and numbers is not None:
-            forms = affine_forms(draft.model, draft.seeds, draft.solve(), graph)
+            forms = affine_forms(draft.solve(), draft.units())
             return dataclasses.replace(graph, program=_Builder(draft, graph, seen, numbers, forms, doubled).build())
     note = "two runs of the model call different operators, so memory and latency of its widths are not known"
     return dataclasses.replace(graph, notes=(*graph.notes, note))
@@ -63,7 +63,7 @@ def double_batch(inputs: Inputs) -> Inputs:
 
 def _watched(draft: Draft, inputs: Inputs) -> Seen | None:
     try:
-        return watch(draft.model, inputs)
+        return watch(draft.model, inputs, draft.hollow)
     except Exception:  # whatever a model may raise at a batch size that it was not made for
         return None
 

@@ -16,6 +16,7 @@ from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
 from widthkit.trace.hollow import made_up, replaces
 from widthkit.trace.inputs import Keywords
+from widthkit.trace.quick import quick
 
 
 class Recorder(TorchDispatchMode):
@@ -30,7 +31,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then its rule; an operator without a rule freezes what enters it."""
         kwargs = kwargs or {}
-        out = made_up(func, args, kwargs) if self.hollow and replaces(func, args, kwargs) else func(*args, **kwargs)
+        out = result(func, args, kwargs, self.hollow)
         tensors = flat_tensors((args, kwargs))
         self.run.keep.append((tensors, out))
         self.run.calls.append((func, args, kwargs, out))
@@ -51,6 +52,14 @@ class Recorder(TorchDispatchMode):
             self.run.unknown[context.name] = context.path
         for tensor in labelled:
             context.freeze_tensor(tensor, "has no coupling rule (docs/rules.md says how to register one)")
+
+
+def result(func: Any, args: Any, kwargs: Any, hollow: bool) -> Any:
+    """Return what a call returns, by the cheapest way that has its shape (:mod:`quick`) and its decisions."""
+    if hollow and replaces(func, args, kwargs):
+        return made_up(func, args, kwargs)
+    out = quick(func, args, kwargs)
+    return func(*args, **kwargs) if out is None else out
 
 
 def _apply(rule: rules.Rule, context: OpContext) -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widthkit.clone import named_tensors
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.recorder import call
+from widthkit.trace.recorder import call, result
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -51,10 +51,12 @@ class Watch(TorchDispatchMode):
 
     Args:
         resident: Tensors that were there before the run and are counted elsewhere.
+        hollow: As the run was traced.
     """
 
-    def __init__(self, resident: Iterable[Tensor]) -> None:
+    def __init__(self, resident: Iterable[Tensor], hollow: bool = False) -> None:
         super().__init__()
+        self.hollow = hollow
         self.seen = Seen()
         self._known = {t.untyped_storage()._cdata for t in resident}
         self._alive: dict[int, tuple[StorageWeakRef, SeenBlock]] = {}
@@ -67,7 +69,7 @@ class Watch(TorchDispatchMode):
         given = flat_tensors((args, kwargs))
         for position, tensor in enumerate(given):
             self._meet(tensor, (number, -1 - position), born=0)
-        out = func(*args, **kwargs)
+        out = result(func, args, kwargs, self.hollow)
         made = flat_tensors((out,))
         fresh = [self._meet(tensor, (number, position), born=number) for position, tensor in enumerate(made)]
         self.seen.names.append(str(func))
@@ -93,16 +95,17 @@ class Watch(TorchDispatchMode):
         return True
 
 
-def watch(model: nn.Module, inputs: tuple[Any, ...]) -> Seen:
+def watch(model: nn.Module, inputs: tuple[Any, ...], hollow: bool = False) -> Seen:
     """Run a copy of a model and return what its operators did with memory.
 
     Args:
         model: A copy in eval mode, on the device of the inputs.
         inputs: Example inputs; they stay alive, as they do for whoever calls a model.
+        hollow: Do not compute convolutions and matrix products (:mod:`widthkit.trace.hollow`).
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = [t.device for t in flat_tensors(inputs) if t.device.type == "cuda"]
-    mode = Watch(named_tensors(model).values())
+    mode = Watch(named_tensors(model).values(), hollow)
     try:
         # As in the traced run, or the operators would be others.
         torch.backends.mha.set_fastpath_enabled(False)

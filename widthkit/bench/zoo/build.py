@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,15 @@ from widthkit.clone import meta_clone
 from widthkit.errors import ModelError
 from widthkit.models import create_model
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.inputs import Inputs, candidates
+from widthkit.trace.inputs import Inputs, candidates, needs_values
+from widthkit.trace.quick import Quick
 from widthkit.trace.recorder import call, to_device
 
 SIZES = (64, 96, 128, 192, 224, 256, 288, 384)
+_RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_", "erfinv_")
+_PERIOD = 4_000_037
+"""A prime, so that tensors larger than this do not repeat along a dim."""
+_CHAINS = (nn.Sequential, nn.ModuleList)
 _OFFLINE = {"init_weights": False}
 
 
@@ -35,7 +41,8 @@ class _Uninitialised(TorchFunctionMode):
         target = args[0] if args else kwargs.get("tensor")
         if name.endswith("_") and not name.startswith("_") and isinstance(target, nn.Parameter):
             return target.requires_grad_(*args[1:], **kwargs) if name == "requires_grad_" else target
-        return func(*args, **kwargs)
+        # Some initialise ``weight.data``, which is a plain tensor.
+        return target if name in _RANDOM and isinstance(target, Tensor) else func(*args, **kwargs)
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
@@ -43,17 +50,23 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        with _Uninitialised():
+        # It draws anew until every value is inside its bounds, which never comes true where nothing is drawn.
+        loop = mock.patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor, create=True)
+        with _Uninitialised(), loop:
             return create_model(name, **kwargs).eval()
 
 
 def fill(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give all parameters values that tell channels apart and keep activations of moderate size."""
     generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(min(_PERIOD, max((p.numel() for p in model.parameters()), default=0)), generator=generator)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, float(parameter[0].numel()) ** -0.5, generator=generator)
+            if parameter.ndim > 1 and parameter.is_floating_point():
+                n = parameter.numel()
+                start = int(torch.randint(len(noise), (), generator=generator))
+                values = noise.roll(start).repeat(n // len(noise) + 1)[:n].reshape(parameter.shape)
+                parameter.copy_(values.mul_(float(parameter[0].numel()) ** -0.5))
             elif parameter.is_floating_point():
                 parameter.uniform_(0.5, 1.5, generator=generator)
         for buffer_name, buffer in model.named_buffers():
@@ -63,23 +76,33 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def runs(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a model runs on these inputs, tried on the meta device."""
+    """Whether a model runs on these inputs, tried on the meta device.
+
+    Raises:
+        ValuesNeeded: If it cannot be told there.
+    """
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), Quick():
             return bool(flat_tensors((call(meta_clone(model), to_device(inputs, "meta")),)))
-    except Exception:
+    except Exception as error:
+        if needs_values(error):
+            raise ValuesNeeded(str(error)) from error
         return False
 
 
-def shorten(model: nn.Module, keep: int = 2) -> int:
-    """Drop children of sequences and lists that repeat the one before; return how many are gone.
+class ValuesNeeded(Exception):
+    """A model takes decisions on values, which the meta device does not have."""
+
+
+def shorten(model: nn.Module, keep: int = 2, kinds: tuple[type[nn.Module], ...] = _CHAINS) -> int:
+    """Drop children that repeat the one before, in modules of some kinds; return how many are gone.
 
     Of a run of equal neighbours (same classes, same shapes of all tensors) ``keep`` remain. A block that keeps its
     input's shape can be left out of a chain, so the rest still runs; callers check that it does.
     """
     dropped = 0
     for module in list(model.modules()):
-        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        if isinstance(module, kinds):
             children = dict(module.named_children())
             kept = [name for name, number in _repeats(children).items() if number < keep]
             if len(kept) < len(children):
@@ -118,12 +141,14 @@ class Small:
         inputs: Of the same type.
         how: What was made smaller, in words; empty if nothing.
         tolerance: What sums in another order may differ by.
+        full: Whether it is the whole model on its own inputs.
     """
 
     model: nn.Module
     inputs: Inputs
     how: str
     tolerance: float = 1e-10
+    full: bool = False
 
 
 def small(name: str, *, macs_limit: float = 4e8, params_limit: float = 3e7) -> Small:
@@ -137,20 +162,21 @@ def small(name: str, *, macs_limit: float = 4e8, params_limit: float = 3e7) -> S
     Raises:
         ModelError: If no input was found that the model runs on.
     """
-    for size, kwargs in _versions():
-        try:
-            model = build(name, **kwargs)
-        except ModelError:
-            continue
-        for inputs in candidates(model, sizes=(size,) if size else None):
-            if runs(model, inputs):
-                return _shortened(model, inputs, kwargs, macs_limit, params_limit)
+    with contextlib.suppress(ValuesNeeded):
+        for size, kwargs in _versions():
+            try:
+                model = build(name, **kwargs)
+            except ModelError:
+                continue
+            for inputs in candidates(model, sizes=(size,) if size else None):
+                if runs(model, inputs):
+                    return _shortened(model, inputs, kwargs, macs_limit, params_limit)
     model = fill(build(name))
     for inputs in candidates(model):
         # It depends on values, so nothing can be tried without them.
         with contextlib.suppress(Exception), torch.inference_mode():
             call(model, inputs)
-            return Small(model, inputs, "float32", tolerance=1e-3)
+            return Small(model, inputs, "float32", tolerance=1e-3, full=True)
     raise ModelError(f"{name}: no example input was found at any size")
 
 
@@ -168,12 +194,17 @@ def _shortened(
     model: nn.Module, inputs: Inputs, kwargs: Mapping[str, Any], macs_limit: float, params_limit: float
 ) -> Small:
     how = [f"{k}={v}" for k, v in kwargs.items()]
-    if n_params(model) > params_limit or _macs(model, inputs) > macs_limit:
+    gone = 0
+    for keep, kinds in ((2, _CHAINS), (2, (nn.Module,)), (1, _CHAINS), (1, (nn.Module,))):
+        # Some run through all their children without being a sequence; where that is not so, the shortened one fails.
+        if n_params(model) <= params_limit and _macs(model, inputs) <= macs_limit:
+            break
         short = build_again(model)
-        dropped = shorten(short)
+        dropped = shorten(short, keep, kinds)
         if dropped and runs(short, inputs):
-            model = short
-            how.append(f"{dropped} repeated blocks fewer")
+            model, gone = short, gone + dropped
+    if gone:
+        how.append(f"{gone} repeated blocks fewer")
     fill(model)
     real = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     precise = meta_clone(model).double()

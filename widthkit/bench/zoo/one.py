@@ -67,13 +67,14 @@ def measure(name: str, peer: str | None = None, seed: int = 0) -> Iterator[Row]:
     if peer is not None and n_params < _FILL_LIMIT:
         row |= {"stage": "peer"}
         yield row
-        row["peer"] = compare(peer, model, full if full is not None else next(candidates(model)))
+        example = full if full is not None else next(candidates(model))
+        row["peer"] = compare(peer, model, example, graph, row["trace_cpu_seconds"])
         yield row
     del model
     row["stage"] = "oracles"
     tiny = builder.small(name)
     row["small"] = {"input": _shapes(tiny.inputs), "how": tiny.how}
-    small_graph = trace(tiny.model, tiny.inputs)
+    small_graph = graph if tiny.full else trace(tiny.model, tiny.inputs)
     for _ in _numeric_checks(tiny, small_graph, np.random.default_rng(seed + 1), row["oracles"]):
         row["peak_memory_mb"] = peak_memory_mb()
         yield row
@@ -104,8 +105,11 @@ def _meta_checks(model: nn.Module, graph: ChannelGraph, rng: np.random.Generator
     units = checks.random_units(graph, rng)
     widths = {n: len(u) for n, u in units.items()}
     for inputs in candidates(model):
-        if not builder.runs(model, inputs):
-            continue
+        try:
+            if not builder.runs(model, inputs):
+                continue
+        except builder.ValuesNeeded:
+            break
         placed = to_device(inputs, "meta")
         whole = meta_clone(model)
         slim = apply_plan(whole, make_plan(graph, units))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,44 +15,67 @@ from torch import nn
 from widthkit.bench.oracles import n_params
 from widthkit.errors import OptionError
 from widthkit.export.dense import export
-from widthkit.trace import trace
+from widthkit.graph import ChannelGraph
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.inputs import Inputs, Keywords
+from widthkit.trace.inputs import Inputs
 from widthkit.trace.recorder import call
 
 PEERS = ("torch-pruning",)
+PEER_SECONDS = 60
+"""A peer that needs longer is stopped."""
 
 
-def compare(peer: str, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Halve a model with widthkit and with a peer; seconds from the dense model to the outputs of the halved one.
+def compare(peer: str, model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds: float) -> dict[str, Any]:
+    """Halve a model with widthkit and with a peer: from the dense model to the outputs of the halved one.
+
+    Args:
+        peer: One of :data:`PEERS`.
+        model: Stays as it is.
+        inputs: What the halved models are run on.
+        graph: Of this model.
+        trace_seconds: What finding it took, which counts as widthkit's.
 
     Returns:
-        ``own_seconds``, and ``seconds`` or ``error`` of the peer, with parameters left of both.
+        ``own_seconds``, and ``seconds`` or ``error`` of the peer, with parameters left of both. Seconds are of the
+        processor, so other processes do not count.
     """
     if peer not in PEERS:
         raise OptionError(f"unknown peer '{peer}'; known: {', '.join(PEERS)}")
-    start = time.perf_counter()
-    graph = trace(model, _example(inputs))
+    start = time.process_time()
     slim = export(model, {n: (w + 1) // 2 for n, w in graph.full.items()}, graph=graph)
     with torch.no_grad():
         call(slim, inputs)
-    row: dict[str, Any] = {"peer": peer, "own_seconds": time.perf_counter() - start, "own_params": n_params(slim)}
+    own = trace_seconds + time.process_time() - start
+    row: dict[str, Any] = {"peer": peer, "own_seconds": own, "own_params": n_params(slim)}
     del slim
     victim = copy.deepcopy(model)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
-        _torch_pruning(victim, inputs)
+        with _limited(PEER_SECONDS):
+            _torch_pruning(victim, inputs)
         row["params"] = n_params(victim)
         if row["params"] == n_params(model):
             row["error"] = "nothing was pruned"
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    row["seconds"] = time.perf_counter() - start
+    row["seconds"] = time.process_time() - start
     return row
 
 
-def _example(inputs: Inputs) -> Any:
-    return dict(inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], Keywords) else inputs
+@contextlib.contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    """Raise a ``TimeoutError`` in the main thread when the body takes longer."""
+
+    def stop(_: int, __: Any) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _torch_pruning(model: nn.Module, inputs: Inputs) -> None:

@@ -49,7 +49,7 @@ def run(
         if out is not None:
             _append(out, row)
         share = f"{row['searchable_macs_share']:.1%}" if "searchable_macs_share" in row else "-"
-        times = f"trace {row.get('trace_seconds', 0):.2f} s, all {row['seconds']:.1f} s"
+        times = f"trace {row.get('trace_cpu_seconds', 0):.2f} s, all {row['seconds']:.1f} s"
         line = f"{number}/{len(todo)} {name}: {verdict(row)}, {share} searchable, {times}"
         console.print(line, highlight=False, markup=False)
     if out is not None:

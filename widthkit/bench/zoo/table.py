@@ -46,12 +46,14 @@ def markdown(rows: Sequence[Row], source: str, about: Mapping[str, Any]) -> str:
 def _head(about: Mapping[str, Any]) -> str:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
-    return f"{today}. {versions}. One process a model, one thread. Made by `widthkit bench zoo`."
+    how = "One process a model, one thread; seconds are of the processor. Made by `widthkit bench zoo`."
+    return f"{today}. {versions}. {how}"
 
 
 def _summary(rows: Sequence[Row]) -> list[str]:
     passed = [r for r in rows if verdict(r) == "pass"]
-    traced = sorted(r["trace_seconds"] for r in rows if "trace_seconds" in r)
+    key = "trace_cpu_seconds"
+    traced = sorted(r[key] for r in rows if key in r)
     lines = [f"- {len(passed)} of {len(rows)} pass every oracle that applies ({len(passed) / max(len(rows), 1):.1%})."]
     if traced:
         lines.append(f"- Trace: median {traced[len(traced) // 2]:.2f} s, slowest {traced[-1]:.2f} s.")
@@ -73,8 +75,8 @@ def _exceptions(rows: Sequence[Row]) -> list[str]:
         said = []
         if verdict(row) != "pass":
             said.append(verdict(row))
-        if row.get("params", 0) < _SMALL and row.get("trace_seconds", 0) > _SECONDS:
-            said.append(f"trace takes {row['trace_seconds']:.1f} s")
+        if row.get("params", 0) < _SMALL and row.get("trace_cpu_seconds", 0) > _SECONDS:
+            said.append(f"trace takes {row['trace_cpu_seconds']:.1f} s")
         bar = 0.6 if row.get("attention") else 0.95
         if row.get("searchable_macs_share", 1) < bar:
             why = next(iter(row.get("frozen", {})), "no reason")
@@ -92,7 +94,7 @@ def _line(row: Row, with_peer: bool) -> str:
     cells = [
         row["model"].partition("/")[2],
         f"{row['params'] / 1e6:.1f}M" if "params" in row else "",
-        f"{row['trace_seconds']:.2f}" if "trace_seconds" in row else "",
+        f"{row['trace_cpu_seconds']:.2f}" if "trace_cpu_seconds" in row else "",
         str(row.get("groups", "")),
         str(row.get("units", "")),
         share,

@@ -326,10 +326,12 @@ def index(ctx: OpContext) -> None:
     ctx.set(ctx.out, (*rest[:at], *(None,) * n_new, *rest[at:]))
 
 
+_ALONG_ONE_DIM = ("slice", "narrow", "narrow_copy")
+"""They leave the other dims as they are, also where nothing is left (``x[:, :0]``)."""
+
+
 @rule(
-    "slice",
-    "narrow",
-    "narrow_copy",
+    *_ALONG_ONE_DIM,
     "index_select",
     "roll",
     "flip",
@@ -353,6 +355,9 @@ def execute(ctx: OpContext) -> None:
     results: list[list[Labels | None]] = [[None] * out.ndim for out in ctx.outputs()]
     for d, labels in enumerate(dims):
         if labels is None:
+            continue
+        if ctx.name in _ALONG_ONE_DIM and ctx.arg("dim") % x.ndim != d:
+            results[0][d] = labels
             continue
         for found, grid in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
             if not grid.size:

@@ -1,0 +1,173 @@
+"""Results of common operators on the meta device without PyTorch's own, which takes up to a millisecond a call.
+
+Only the shape, type and layout of a result matter on the meta device. PyTorch works them out in Python, through many
+layers. For calls that are plainly valid (contiguous tensors of one floating-point type, sizes that fit) they follow
+in a line. Everything else goes PyTorch's way; so do all calls that must raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_POINTWISE = {
+    *("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "hardtanh"),
+    *("hardswish", "hardsigmoid", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal"),
+    *("add", "sub", "mul", "div", "clamp", "clamp_min"),
+}
+"""Floating-point tensors in, a tensor of the same type and of their common shape out."""
+Shape = tuple[int, ...]
+
+
+def quick(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Return what ``func(*args, **kwargs)`` would on the meta device; ``None`` where PyTorch has to be asked.
+
+    >>> x = torch.empty(2, 8, 4, 4, device="meta")
+    >>> out = quick(torch.ops.aten.relu.default, (x,), {})
+    >>> out.shape, quick(torch.ops.aten.add.Tensor, (x, x[:, :3]), {})
+    (torch.Size([2, 8, 4, 4]), None)
+    """
+    name = func.overloadpacket.__name__
+    if name in _POINTWISE:
+        return _pointwise(args, kwargs)
+    if name.endswith("_") and name[:-1] in _POINTWISE:
+        return _in_place(args, kwargs)
+    own = _OTHERS.get(name)
+    return None if own is None else own(args, kwargs)
+
+
+class Quick(TorchDispatchMode):
+    """Runs on the meta device with quick results; under inference mode, as composite operators must arrive whole."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = quick(func, args, kwargs)
+        return func(*args, **kwargs) if out is None else out
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether all are contiguous tensors of one floating-point type on the meta device; ``None`` is passed over."""
+    dtype = tensors[0].dtype
+    return dtype.is_floating_point and all(
+        t is None or (isinstance(t, Tensor) and t.is_meta and t.dtype == dtype and t.is_contiguous()) for t in tensors
+    )
+
+
+def _common(args: Any, kwargs: Any) -> tuple[Shape, list[Tensor]] | None:
+    """Return the shape that the tensors of a pointwise call have in common, and the tensors."""
+    values = [*args, *kwargs.values()]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if not tensors or any(isinstance(v, (complex, torch.dtype, torch.memory_format, list)) for v in values):
+        return None
+    if not _plain(*tensors):
+        return None
+    largest = max(tensors, key=lambda t: (t.ndim, t.numel()))
+    shape = tuple(largest.shape)
+    for tensor in tensors:
+        offset = len(shape) - tensor.ndim
+        if any(n not in (1, shape[offset + i]) for i, n in enumerate(tensor.shape)):
+            return None
+    return shape, tensors
+
+
+def _pointwise(args: Any, kwargs: Any) -> Tensor | None:
+    found = _common(args, kwargs)
+    return None if found is None else _empty(found[0], found[1][0])
+
+
+def _in_place(args: Any, kwargs: Any) -> Tensor | None:
+    found = _common(args, kwargs)
+    if found is None or not isinstance(args[0], Tensor) or tuple(args[0].shape) != found[0]:
+        return None
+    target: Tensor = args[0]
+    return target
+
+
+def _empty(shape: Shape, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def _batch_norm(args: Any, kwargs: Any) -> Tensor | None:
+    x, rest = args[0], args[1:5]
+    if kwargs or len(args) < 6 or args[5] or x.ndim < 2 or not _plain(x, *rest) or rest[2] is None or rest[3] is None:
+        return None
+    return _empty(tuple(x.shape), x) if all(t is None or t.shape == (x.shape[1],) for t in rest) else None
+
+
+def _layer_norm(args: Any, kwargs: Any) -> Tensor | None:
+    x, shape = args[0], tuple(args[1])
+    rest = args[2:4]
+    if kwargs or not shape or not _plain(x, *rest) or tuple(x.shape[-len(shape) :]) != shape:
+        return None
+    return _empty(tuple(x.shape), x) if all(t is None or tuple(t.shape) == shape for t in rest) else None
+
+
+def _group_norm(args: Any, kwargs: Any) -> Tensor | None:
+    x, groups = args[0], args[1]
+    rest = args[2:4]
+    if kwargs or x.ndim < 2 or not _plain(x, *rest) or not groups or x.shape[1] % groups:
+        return None
+    return _empty(tuple(x.shape), x) if all(t is None or t.shape == (x.shape[1],) for t in rest) else None
+
+
+def _linear(args: Any, kwargs: Any) -> Tensor | None:
+    x, weight = args[:2]
+    bias = args[2] if len(args) > 2 else None
+    if kwargs or x.ndim < 2 or weight.ndim != 2 or not _plain(x, weight, bias) or x.shape[-1] != weight.shape[1]:
+        return None
+    if bias is not None and bias.shape != (weight.shape[0],):
+        return None
+    return _empty((*x.shape[:-1], weight.shape[0]), x)
+
+
+def _attention(args: Any, kwargs: Any) -> Tensor | None:
+    """Queries, keys and values ``[..., tokens, head dim]`` of equal leading sizes, without a mask."""
+    if len(args) != 3 or not set(kwargs) <= {"dropout_p", "scale"} or kwargs.get("dropout_p"):
+        return None
+    query, key, value = args
+    if not all(t.is_meta and t.ndim > 2 and t.dtype == query.dtype for t in args) or not query.is_floating_point():
+        return None
+    if query.shape[:-2] != key.shape[:-2] or key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
+        return None
+    return _empty((*query.shape[:-1], value.shape[-1]), query)
+
+
+def _mean(args: Any, kwargs: Any) -> Tensor | None:
+    if kwargs or len(args) not in (2, 3) or not isinstance(args[1], (list, tuple)) or not args[1]:
+        return None
+    x, kept = args[0], len(args) > 2 and args[2]
+    if not _plain(x) or not all(-x.ndim <= d < x.ndim for d in args[1]):
+        return None
+    dims = {d % x.ndim for d in args[1]}
+    if len(dims) < len(args[1]):
+        return None
+    shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape) if kept or d not in dims)
+    return _empty(shape, x)
+
+
+def _cat(args: Any, kwargs: Any) -> Tensor | None:
+    if kwargs or not args[0]:
+        return None
+    first, dim = args[0][0], args[1] if len(args) > 1 else 0
+    if not _plain(*args[0]) or not -first.ndim <= dim < first.ndim or any(t.ndim != first.ndim for t in args[0]):
+        return None
+    dim %= first.ndim
+    rest = [(*t.shape[:dim], *t.shape[dim + 1 :]) for t in args[0]]
+    if any(shape != rest[0] for shape in rest):
+        return None
+    return _empty((*first.shape[:dim], sum(t.shape[dim] for t in args[0]), *first.shape[dim + 1 :]), first)
+
+
+_OTHERS: dict[str, Callable[[Any, Any], Tensor | None]] = {
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "linear": _linear,
+    "scaled_dot_product_attention": _attention,
+    "mean": _mean,
+    "cat": _cat,
+}
