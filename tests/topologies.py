@@ -765,3 +765,17 @@ class EfficientAttention(Net):
         x = self.stem(x)
         y = self.eca(x.mean((2, 3)).unsqueeze(1)).sigmoid()
         return self.head(self.mid(x * y.transpose(1, 2).unsqueeze(-1)))
+
+
+@case({"stem": (8, "stem> >mid"), "mid": (6, "mid> >head")}, ">stem head>")
+class EmptyPrefix(Net):
+    """Prefix tokens are set aside and put back, and there are none: the slices are empty, the channels untouched."""
+
+    def __init__(self):
+        super().__init__(stem=point(3, 8), mid=nn.Linear(8, 6), head=nn.Linear(6, 4))
+        self.n_prefix = 0
+
+    def forward(self, x):
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        prefix, rest = tokens[:, : self.n_prefix], tokens[:, self.n_prefix :]
+        return self.head(self.mid(torch.cat([prefix, rest.relu()], 1)))

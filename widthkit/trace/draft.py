@@ -63,6 +63,7 @@ class Draft:
     free_outputs: bool = False
     hollow: bool = False
     hopeless: set[tuple[type, int]] = field(default_factory=set)
+    n_checks: int = 0
     _solved: tuple[object, Components] | None = None
     _units: Units | None = None
 
@@ -108,6 +109,7 @@ def check(draft: Draft, graph: ChannelGraph, solved: Components, shrink: Iterabl
         shrink: Names of the groups that lose units.
         turn: Which of the :data:`TURNS` width vectors to take.
     """
+    draft.n_checks += 1
     chosen = set(shrink)
     plan = make_plan(graph, {n: units for n, units in _subsets(graph, turn).items() if n in chosen})
     expected = Expectation.of(graph, solved, draft.seeds, plan)

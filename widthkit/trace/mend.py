@@ -14,6 +14,8 @@ from widthkit.trace.numbers import integer_attributes
 _Pick = tuple[str, "int | None"]
 _TRIES = 40
 """How many assignments of integer attributes are tried per misfit."""
+_PATIENCE = 600
+"""After so many runs of shrunk copies nothing more is mended, only frozen: a trace ends."""
 
 
 def mend(draft: Draft, misfit: Misfit, turn: int) -> bool:
@@ -23,7 +25,7 @@ def mend(draft: Draft, misfit: Misfit, turn: int) -> bool:
     equal blocks would take a hundred times as long.
     """
     place = _place(draft, misfit)
-    if place in draft.hopeless:
+    if place in draft.hopeless or draft.n_checks > _PATIENCE:
         return False
     if _mend_attributes(draft, misfit, turn) or _mend_choices(draft, misfit, turn):
         return True
