@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,7 +96,8 @@ def time_layers(net: nn.Module, x: Tensor, *, repeats: int = 7, warmup: int = 2)
         for name, module in net.named_modules():
             if not any(True for _ in module.children()):
                 hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
-        with torch.inference_mode():
+        # Events are recorded on the stream of the current device, which need not be the network's.
+        with torch.inference_mode(), torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             for round_ in range(warmup + repeats):
                 if round_ == warmup:
                     seen.clear()

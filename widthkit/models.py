@@ -84,7 +84,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 _MAKERS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye)
 
 
-def create_model(name: str, *, pretrained: bool = False, merged: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(name: str, /, *, pretrained: bool = False, merged: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model by name.
 
     Args:

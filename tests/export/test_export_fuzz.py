@@ -184,6 +184,7 @@ def test_a_thousand_damaged_files(small, tmp_path):
     [
         ({"num_classes": 7, "checkpoint_path": "/tmp/evil.pth"}, "may not make a factory fetch"),
         ({"num_classes": 7, "pretrained": True}, "may not make a factory fetch"),
+        ({"num_classes": 7, "name": "timm/resnet18"}, "cannot be built"),
         ({"num_classes": 10**12}, "the plan does not fit|another structure|cannot be built"),
         ({"num_classes": 7, "layers": [10**7, 1, 1, 1]}, "more than .* parameters"),
     ],

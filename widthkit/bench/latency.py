@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from widthkit.bench.files import write
 from widthkit.blame import describe, is_slow, slow_layers, time_layers
 from widthkit.budget import parse_budget, show_count
 from widthkit.errors import OptionError, close_matches
-from widthkit.export import export, load
+from widthkit.export import export, load, origin_of
 from widthkit.export.formats import DTYPES
-from widthkit.graph import ChannelGraph
-from widthkit.models import create_model, input_channels
+from widthkit.models import ModelName, create_model, input_channels
 from widthkit.multiplier import uniform_widths
 from widthkit.space import uniform_space
 from widthkit.timing import interleaved, keep_pages
@@ -73,14 +72,16 @@ def run(
         setting: How networks are run.
         divisor: Widths of the uniform networks are multiples of this.
         out: Result file.
-        slim: A saved slim network to measure beside them.
+        slim: A saved slim network to measure beside them; the others then have its factory's arguments too.
         widths: Searched widths to measure beside them.
         peer: Measure torch-pruning's network too.
 
     Raises:
-        OptionError: If a mode or dtype is unknown or not possible here.
+        OptionError: If a mode or dtype is unknown or not possible here, or ``slim`` or ``widths`` is of another model.
     """
     check(modes, setting)
+    if len(models) > 1 and (slim is not None or widths is not None):
+        raise OptionError(f"--slim and --widths are of one model; pass one --model, not {', '.join(models)}")
     kept = keep_pages()
     rows = []
     for name in models:
@@ -119,8 +120,13 @@ def networks(
     widths: dict[str, int] | None = None,
     peer: bool = True,
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
-    """Build the networks to compare; return them and their MACs per image."""
-    dense = create_model(name).eval()
+    """Build the networks to compare; return them and their MACs per image.
+
+    Raises:
+        OptionError: If the saved network was made from another model.
+    """
+    saved, kwargs = _saved(slim, name)
+    dense = create_model(name, **kwargs).eval()
     shape = (1, input_channels(dense), size, size)
     graph = trace(dense, shape)
     most = parse_budget(budget, graph)
@@ -129,21 +135,33 @@ def networks(
     nets = {"dense": dense, "uniform": export(dense, uniform_widths(space, most), graph=graph)}
     if widths is not None:
         nets["searched"] = export(dense, widths, graph=graph)
-    if slim is not None:
-        nets["slim"] = load(slim)
+    if saved is not None:
+        nets["slim"] = saved.eval()
     macs = {key: trace(net, shape).macs() for key, net in nets.items()}
     if peer:
-        nets["torch-pruning"], macs["torch-pruning"] = _peer(name, graph, macs["uniform"], shape, divisor)
+        nets["torch-pruning"], macs["torch-pruning"] = _peer(ModelName(name, kwargs), macs["uniform"], shape, divisor)
     return nets, macs
 
 
-def _peer(name: str, graph: ChannelGraph, most: int, shape: tuple[int, ...], divisor: int) -> tuple[nn.Module, int]:
+def _saved(slim: Path | None, name: str) -> tuple[nn.Module | None, Mapping[str, Any]]:
+    """Load the saved network; return it with its factory's arguments, such as the number of classes."""
+    if slim is None:
+        return None, {}
+    net = load(slim, allow=[name])
+    origin = origin_of(net)
+    if origin is None or origin.model is None or origin.model.name != name:
+        made = origin.model.name if origin and origin.model else "another model"
+        raise OptionError(f"{slim} was made from {made}, not from {name}; pass --model {made}")
+    return net, origin.model.kwargs
+
+
+def _peer(name: ModelName, most: int, shape: tuple[int, ...], divisor: int) -> tuple[nn.Module, int]:
     """Prune with torch-pruning at one ratio everywhere, the smallest that costs at most what our uniform net does."""
     import torch_pruning
 
     def pruned(ratio: float) -> tuple[nn.Module, int]:
         torch.manual_seed(0)
-        net = create_model(name).eval()
+        net = name.build().eval()
         last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1:]
         torch_pruning.pruner.BasePruner(
             net,
@@ -180,7 +198,10 @@ def measure(
     format_ = torch.channels_last if setting.channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=format_)
     ready = {n: net.to(setting.device, dtype).to(memory_format=format_).eval() for n, net in nets.items()}  # type: ignore[call-overload]
-    with torch.inference_mode():
+    # Networks of one class share a cache of compiled code; where it is full (eight entries, unless a library such as
+    # timm has raised that), torch runs eagerly and only logs it. So every measurement starts with an empty cache.
+    torch.compiler.reset()
+    with torch.inference_mode(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         calls = {name: _call(net, x, mode) for name, net in ready.items()}
         times = interleaved(calls, repeats=setting.repeats, device=setting.device)
     rows = []
@@ -197,7 +218,7 @@ def measure(
 
 def _call(net: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
     if mode == "compiled":
-        # Several shapes pass through one process; without this the second one compiles a dynamic kernel.
+        # Without this the second network of a class gets kernels of dynamic shapes.
         compiled = torch.compile(net, dynamic=False)
         return lambda: compiled(x)
     if mode == "graphs":

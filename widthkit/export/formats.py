@@ -19,6 +19,7 @@ from widthkit.errors import ExportError, OptionError, WidthkitError, close_match
 from widthkit.export.check import (
     Comparison,
     compare,
+    full_float32,
     outputs,
     refuse_mismatch,
     resized,
@@ -31,7 +32,7 @@ from widthkit.export.fold import fold_batchnorm
 from widthkit.export.save import load, paths_of, save_files
 from widthkit.files import atomic_json, replace_with
 from widthkit.trace.inputs import Inputs, batch_size
-from widthkit.train.modes import checked_device
+from widthkit.train.modes import checked_device, model_device
 from widthkit.version import versions
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -187,7 +188,10 @@ class _Staged:
                 replace_with(target, lambda temporary, file=file: shutil.copyfile(file, temporary))  # type: ignore[misc]
                 placed += [target] if fresh else []
             for name, record in self._records.items():
-                atomic_json(folder / f"{name}.json", record)
+                target = folder / f"{name}.json"
+                fresh = not target.exists()
+                atomic_json(target, record)
+                placed += [target] if fresh else []
         except (OSError, OptionError) as error:
             for target in placed:
                 with contextlib.suppress(OSError):
@@ -208,7 +212,8 @@ class _Job:
         self.inputs = {batch: resized(inputs, batch) for batch in (n, 1, n + 1)}
         self.against = "the network itself" if reference is None else type(reference).__name__
         source = slim if reference is None else reference
-        self.expected = {batch: outputs(source, example) for batch, example in self.inputs.items()}
+        with full_float32(model_device(source)):
+            self.expected = {batch: outputs(source, example) for batch, example in self.inputs.items()}
         if variant.fold_bn:
             slim, self.folded = fold_batchnorm(slim, self.inputs[n])
         else:
@@ -263,7 +268,9 @@ class _Job:
         return file, target.runner(file, self.prepared.device), more
 
     def _compare(self, run: Any, batch: int) -> Comparison:
-        return compare(self.expected[batch], run(self._cast_inputs(self.inputs[batch])), self.allowed, batch)
+        with full_float32(self.prepared.device):
+            got = run(self._cast_inputs(self.inputs[batch]))
+        return compare(self.expected[batch], got, self.allowed, batch)
 
     def _record(self, name: str, file: Path, found: list[Comparison], more: dict[str, Any]) -> dict[str, Any]:
         tensors = [t for t in torch.utils._pytree.tree_leaves(self.prepared.inputs) if isinstance(t, Tensor)]
