@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -64,6 +65,15 @@ def test_the_cut_oracle_knows_its_limits():
 )
 def test_a_model_that_takes_too_much_is_stopped(timeout, memory, said):
     assert said in zoo.isolated("timm/test_resnet", None, timeout, memory)["error"]
+
+
+def test_what_a_peer_breaks_is_the_peers(monkeypatch):
+    monkeypatch.setattr("widthkit.bench.zoo.one.compare", lambda *_: os._exit(3))
+    row = zoo.isolated("timm/test_resnet", "torch-pruning", 120, 8)
+    assert "error" not in row
+    assert row["peer"] == {"peer": "torch-pruning", "error": "the process died (exit code 3)"}
+    assert verdict(row) == "pass"
+    assert "not compared" in markdown([row], "timm", {})
 
 
 def test_the_table_names_who_misses_a_bar():

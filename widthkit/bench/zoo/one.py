@@ -64,13 +64,6 @@ def measure(name: str, peer: str | None = None, seed: int = 0) -> Iterator[Row]:
     full = _meta_checks(model, graph, np.random.default_rng(seed), row["oracles"])
     row["stage"] = "small"
     yield row
-    if peer is not None and n_params < _FILL_LIMIT:
-        row |= {"stage": "peer"}
-        yield row
-        example = full if full is not None else next(candidates(model))
-        row["peer"] = compare(peer, model, example, graph, row["trace_cpu_seconds"])
-        yield row
-    del model
     row["stage"] = "oracles"
     tiny = builder.small(name)
     row["small"] = {"input": _shapes(tiny.inputs), "how": tiny.how}
@@ -78,8 +71,14 @@ def measure(name: str, peer: str | None = None, seed: int = 0) -> Iterator[Row]:
     for _ in _numeric_checks(tiny, small_graph, np.random.default_rng(seed + 1), row["oracles"]):
         row["peak_memory_mb"] = peak_memory_mb()
         yield row
-    row["stage"] = "done"
     row["peak_memory_mb"] = peak_memory_mb()
+    if peer is not None and n_params < _FILL_LIMIT:
+        del tiny, small_graph
+        row["stage"] = "peer"
+        yield row
+        example = full if full is not None else next(candidates(model))
+        row["peer"] = compare(peer, model, example, graph, row["trace_cpu_seconds"])
+    row["stage"] = "done"
     yield row
 
 

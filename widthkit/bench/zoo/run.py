@@ -120,7 +120,10 @@ def isolated(name: str, peer: str | None, timeout: float, memory_gb: float) -> R
     child.join()
     if failure is None and row.get("stage") != "done" and "error" not in row:
         failure = f"the process died (exit code {child.exitcode})"
-    if failure is not None:
+    if failure is not None and row.get("stage") == "peer":
+        # The peer comes last: what it breaks is its own.
+        row |= {"stage": "done", "peer": {"peer": peer, "error": failure}}
+    elif failure is not None:
         row["error"] = failure
     row["seconds"] = time.perf_counter() - start
     return row
