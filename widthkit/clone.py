@@ -57,7 +57,7 @@ def _foresee_empty(model: nn.Module, memo: dict[int, Any]) -> None:
     """Copy the empty dictionaries of modules here; every module has a dozen, and ``deepcopy`` takes long over each."""
     for module in model.modules():
         for value in vars(module).values():
-            if not value and type(value) in (dict, OrderedDict):
+            if type(value) in (dict, OrderedDict) and not value:
                 memo[id(value)] = type(value)()
 
 

@@ -51,7 +51,7 @@ def test_a_calibrated_search_trains_by_design_and_resumes_to_the_same_bytes(widt
     ("options", "hint"),
     [
         (["--score-model", "log-liner"], "did you mean log-linear"),
-        (["--calibrate", "1"], "calibrate=1"),
+        (["--calibrate", "1"], "--calibrate 1"),
         (["--score-model", "none", "--calibrate", "4"], "needs a score model"),
         (["--score-model-option", "depth=3"], "has no option 'depth'"),
     ],

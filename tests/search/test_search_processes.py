@@ -53,6 +53,8 @@ found = quiet(out, **options | ({"memory": 100, "batch_size": 8} if task == "tig
 print(len(seen), found.score.hex())
 if task == "guided too":
     print(quiet(out + "-guided", **options, **GUIDED).score.hex())
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 GUIDED = {"searcher": "random", "n": 30, "evaluations": 12}

@@ -172,7 +172,7 @@ def test_the_commands_options_reach_the_space(capfd, monkeypatch):
         (["--fix", "features.0.0"], "GROUP=WIDTH"),
         (["--fix", "features.0.0=-3"], "GROUP=WIDTH"),
         (["--fix", "features.0.0=33"], "fixed width 33"),
-        (["--bins", "0"], "beta=0"),
+        (["--bins", "0"], "--bins 0"),
         (["--out", "bins.jpg"], "PNG"),
     ],
 )

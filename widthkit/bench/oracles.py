@@ -5,6 +5,7 @@ Nothing here looks inside the tracer. The tolerance covers sums in another order
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from widthkit.clone import named_tensors
@@ -21,6 +23,7 @@ from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.supernet import make_supernet
 from widthkit.trace.context import flat_tensors
+from widthkit.trace.hollow import made_up, replaces
 from widthkit.trace.inputs import Inputs, Keywords, float_dtype
 from widthkit.trace.recorder import call
 
@@ -107,14 +110,39 @@ def n_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def counted_macs(model: nn.Module, inputs: Inputs) -> int:
-    """Multiply-adds as ``torch.utils.flop_counter`` counts them: convolutions, matrix products, fused attention."""
+class _Hollow(TorchDispatchMode):
+    """Makes up what is costly, so that decisions on values are those of the traced run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return made_up(func, args, kwargs) if replaces(func, args, kwargs) else func(*args, **kwargs)
+
+
+def hollow_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return all tensors that a model returns whose control flow depends on values; only their shapes mean anything."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _Hollow():
+        return flat_tensors((call(model, inputs),))
+
+
+def counted_macs(model: nn.Module, inputs: Inputs, hollow: bool = False) -> int:
+    """Multiply-adds as ``torch.utils.flop_counter`` counts them: convolutions, matrix products, fused attention.
+
+    Args:
+        model: On any device, the meta device too.
+        inputs: On the same.
+        hollow: Whether to make up values, for models that decide on them.
+    """
     # The counter's hooks look for gradients of a module's inputs where these are parameters (class tokens).
     free = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in free:
             parameter.requires_grad_(False)
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            _Hollow() if hollow else contextlib.nullcontext(),
+            FlopCounterMode(display=False) as counter,
+        ):
             call(model, inputs)
     finally:
         for parameter in free:

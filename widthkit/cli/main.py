@@ -23,6 +23,7 @@ def main() -> None:
     """Run the command line; refusals become one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
+        _leave_group()
         # Here, where it can still be refused: at shutdown Python would drop what a full disk did not take.
         sys.stdout.flush()
     except WidthkitError as error:
@@ -49,6 +50,14 @@ def main() -> None:
         # Typer turns Ctrl-C into this code without a word.
         _fail(_INTERRUPTED, 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_group() -> None:
+    """Take leave of the other processes under torchrun; threads that wait for them would abort this one at its end."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 _FLAGS = {

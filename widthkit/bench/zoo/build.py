@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from widthkit.bench.oracles import n_params, outputs
+from widthkit.bench.oracles import hollow_outputs, n_params, outputs
 from widthkit.clone import clone_with, meta_clone
 from widthkit.errors import ModelError
 from widthkit.models import create_model
@@ -67,8 +67,9 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.ndim > 1 and parameter.is_floating_point():
                 n = parameter.numel()
                 start = int(torch.randint(len(noise), (), generator=generator))
-                values = noise.roll(start).repeat(n // len(noise) + 1)[:n].reshape(parameter.shape)
-                parameter.copy_(values.mul_(float(parameter[0].numel()) ** -0.5))
+                around = -(-max(0, n - (len(noise) - start)) // len(noise))
+                values = torch.cat([noise[start : start + n], *[noise] * around])[:n]
+                parameter.copy_(values.reshape(parameter.shape) * float(parameter[0].numel()) ** -0.5)
             elif parameter.is_floating_point():
                 parameter.uniform_(0.5, 1.5, generator=generator)
         for buffer_name, buffer in model.named_buffers():
@@ -89,6 +90,14 @@ def runs(model: nn.Module, inputs: Inputs) -> bool:
     except Exception as error:
         if needs_values(error):
             raise ValuesNeeded(str(error)) from error
+        return False
+
+
+def runs_hollow(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model that takes decisions on values runs on these inputs, with values made up."""
+    try:
+        return bool(hollow_outputs(model, inputs))
+    except Exception:
         return False
 
 
