@@ -779,3 +779,20 @@ class EmptyPrefix(Net):
         tokens = self.stem(x).flatten(2).transpose(1, 2)
         prefix, rest = tokens[:, : self.n_prefix], tokens[:, self.n_prefix :]
         return self.head(self.mid(torch.cat([prefix, rest.relu()], 1)))
+
+
+@case({"stem": (6, "stem> >mid"), "mid": (5, "mid> >head")}, ">stem head>")
+class WrittenByIndex(Net):
+    """Rows are written into a fresh tensor where an index or a mask says, as detectors do with their regions."""
+
+    def __init__(self):
+        super().__init__(stem=point(3, 6), mid=nn.Linear(6, 5), head=nn.Linear(5, 4))
+
+    def forward(self, x):
+        rows = self.stem(x).permute(0, 2, 3, 1).reshape(-1, self.stem.out_channels)
+        places = torch.arange(len(rows), device=rows.device).flip(0)
+        turned = torch.zeros_like(rows)
+        turned[places] = rows
+        mixed = self.mid(turned)
+        mixed[places % 2 == 0] = 0.5
+        return self.head(mixed)

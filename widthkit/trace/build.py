@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from widthkit.clone import all_names, named_tensors
@@ -76,13 +77,13 @@ def under(module: str, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Units:
-    """``group[c]`` and ``rank[c]`` of every component; -1 where it is fixed, with the reason where there is one."""
+    """``group[c]`` and ``rank[c]`` of every component; -1 where it is fixed; ``lone`` names units that are alone."""
 
     names: tuple[str, ...]
     widths: IntArray
     group: IntArray
     rank: IntArray
-    reasons: Mapping[int, str]
+    lone: Mapping[int, str]
 
     def positions(self, components: IntArray) -> Positions:
         """Return which group and which rank in it every one of some components has."""
@@ -125,7 +126,7 @@ def build_graph(
         )
         for name, tensor in tensors.items()
     }
-    frozen = _frozen_report(infos, seeds, unit, units)
+    frozen = _frozen_report(infos, seeds, solved, units)
     cost = _cost(run, infos, units, unit, batch)
     found = _attributes(attributes, units, unit)
     return ChannelGraph(units.names, units.widths, infos, found, frozen, cost, tuple(notes))
@@ -149,7 +150,8 @@ def group_units(model: nn.Module, seeds: Seeds, solved: Components) -> Units:
         seeds: The labels its tensors started with.
         solved: Which labels belong to one component, and which components are frozen.
     """
-    unit, reasons = solved.unit, dict(solved.frozen)
+    unit = solved.unit
+    lone: dict[int, str] = {}
     parameters = {name for name, _ in model.named_parameters()}
     columns: list[IntArray] = []
     where: list[tuple[str, int]] = []
@@ -162,8 +164,8 @@ def group_units(model: nn.Module, seeds: Seeds, solved: Components) -> Units:
     group = np.full(n, -1, dtype=np.int64)
     rank = np.zeros(n, dtype=np.int64)
     if not columns:
-        return Units((), np.zeros(0, dtype=np.int64), group, rank, reasons)
-    members = _signatures(columns, n, set(reasons), {i for i, (name, _) in enumerate(where) if name in parameters})
+        return Units((), np.zeros(0, dtype=np.int64), group, rank, lone)
+    members = _signatures(columns, n, solved.frozen, {i for i, (name, _) in enumerate(where) if name in parameters})
     producers = {i for i, (name, dim) in enumerate(where) if name in parameters and _makes(seeds.labels[name], dim)}
     names: list[str] = []
     widths: list[int] = []
@@ -171,13 +173,13 @@ def group_units(model: nn.Module, seeds: Seeds, solved: Components) -> Units:
         first = next((i for i in own_sites if i in producers), own_sites[0])
         name = _unique_name(where[first][0].rpartition(".")[0] or where[first][0], names)
         if len(components) == 1:
-            reasons.setdefault(int(components[0]), f"{name}: everything here is coupled into a single unit")
+            lone[int(components[0])] = f"{name}: everything here is coupled into a single unit"
             continue
         group[components] = len(names)
         rank[components] = np.arange(len(components))
         names.append(name)
         widths.append(len(components))
-    return Units(tuple(names), np.array(widths, dtype=np.int64), group, rank, reasons)
+    return Units(tuple(names), np.array(widths, dtype=np.int64), group, rank, lone)
 
 
 def _makes(labels: tuple[Labels | None, ...], dim: int) -> bool:
@@ -186,7 +188,7 @@ def _makes(labels: tuple[Labels | None, ...], dim: int) -> bool:
 
 
 def _signatures(
-    columns: list[IntArray], n: int, frozen: set[int], in_parameters: set[int]
+    columns: list[IntArray], n: int, frozen: npt.NDArray[np.bool_], in_parameters: set[int]
 ) -> list[tuple[list[int], IntArray]]:
     """Return ``(sites, components in the order of their first position)`` of every group, in site order."""
     sites = np.concatenate([np.full(len(c), i, dtype=np.int64) for i, c in enumerate(columns)])
@@ -201,7 +203,7 @@ def _signatures(
     for start, stop in zip(starts, [*starts[1:], len(owner)], strict=True):
         component = int(owner[start])
         own_sites = site[start:stop]
-        if component in frozen or not in_parameters.intersection(own_sites.tolist()):
+        if frozen[component] or not in_parameters.intersection(own_sites.tolist()):
             continue
         key = own_sites.tobytes() + b"|" + counts[start:stop].tobytes()
         groups.setdefault(key, (own_sites.tolist(), []))[1].append(component)
@@ -242,7 +244,7 @@ def _attributes(records: Sequence[AttributeRecord], units: Units, unit: Labels) 
     return tuple(found.values())
 
 
-def _frozen_report(infos: Mapping[str, TensorInfo], seeds: Seeds, unit: Labels, units: Units) -> dict[str, str]:
+def _frozen_report(infos: Mapping[str, TensorInfo], seeds: Seeds, solved: Components, units: Units) -> dict[str, str]:
     """Say for every dim that is not, or not wholly, searchable why it is not."""
     report: dict[str, str] = {}
     for name, info in infos.items():
@@ -252,10 +254,11 @@ def _frozen_report(infos: Mapping[str, TensorInfo], seeds: Seeds, unit: Labels, 
             if labels is None:
                 report[key] = _unlabelled(name, info.shape[dim], seeds)
                 continue
-            components = unit[labels]
+            components = solved.unit[labels]
             stuck = components[units.group[components] < 0]
             if len(stuck):
-                why = units.reasons.get(int(stuck[0]), "no parameter depends on it")
+                first = int(stuck[0])
+                why = solved.reason(first) or units.lone.get(first, "no parameter depends on it")
                 partly = "" if len(stuck) == len(components) else f"{len(stuck)} of {len(components)} positions: "
                 report[key] = partly + why
     return report

@@ -114,7 +114,7 @@ def _conflict(unit: Labels, original: Flags, is_free: Flags, freezes: Sequence[L
     merged = np.bincount(unit[members], minlength=int(unit.max()) + 1)
     clash = merged > 1
     for labels in freezes:
-        clash[np.unique(unit[labels[is_free[labels]]])] = True
+        clash[unit[labels[is_free[labels]]]] = True
     hit = members[clash[unit[members]] & is_free[members]]
     return frozenset((hit - 1).tolist()) if len(hit) else None
 

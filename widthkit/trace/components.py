@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from widthkit.trace.labels import Alternative, Choice, Labels, LabelStore
+from widthkit.trace.labels import Alternative, Choice, Labels, LabelStore, distinct
 
 
 @dataclass
@@ -18,13 +19,25 @@ class Components:
 
     Args:
         unit: ``[labels]``; the component of every label.
-        frozen: component -> reason.
+        why: ``[components]``; the index of the reason why a component is frozen, -1 for the free.
+        reasons: In words.
         taken: For every choice of the store, the index of the alternative that was taken.
     """
 
     unit: Labels
-    frozen: dict[int, str]
+    why: Labels
+    reasons: Sequence[str]
     taken: list[int]
+
+    @property
+    def frozen(self) -> npt.NDArray[np.bool_]:
+        """``[components]``; whether a component is frozen."""
+        return self.why >= 0
+
+    def reason(self, component: int) -> str | None:
+        """Say why a component is frozen; ``None`` for a free one."""
+        number = int(self.why[component])
+        return self.reasons[number] if number >= 0 else None
 
 
 def connect(n: int, ties: Sequence[tuple[Labels, Labels]]) -> Labels:
@@ -43,34 +56,35 @@ def connect(n: int, ties: Sequence[tuple[Labels, Labels]]) -> Labels:
 
 
 def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Components:
-    """Settle all choices in the order of the run and return the units.
+    """Settle all choices in the order of the run and return the units; nothing is solved twice in a row.
 
     Args:
         store: What the run recorded.
         forced: Index of a choice -> index of the alternative to take there, whatever it leaves free.
     """
+    state = store.state, tuple(sorted((forced or {}).items()))
+    if store.solved is None or store.solved[0] != state:
+        store.solved = state, _solve(store, forced or {})
+    solved: Components = store.solved[1]
+    return solved
+
+
+def _solve(store: LabelStore, forced: Mapping[int, int]) -> Components:
     unit = connect(store.size, store.ties)
-    frozen = _frozen(store, unit)
+    reasons = [reason for _, reason in store.freezes]
+    why = np.full(int(unit.max()) + 1, -1, dtype=np.int64)
+    for number in reversed(range(len(reasons))):
+        why[unit[store.freezes[number][0]]] = number
     taken = []
     for number, choice in enumerate(store.choices):
-        pick = (forced or {}).get(number)
+        pick = forced.get(number)
         if pick is None:
-            pick = _best(choice, unit, frozen)
+            pick = _best(choice, unit, why)
         taken.append(pick)
-        unit = _take(choice, choice.alternatives[pick], unit, frozen)
-    present, dense = np.unique(unit, return_inverse=True)
-    ids = {component: number for number, component in enumerate(present.tolist())}
-    return Components(dense, {ids[component]: reason for component, reason in frozen.items()}, taken)
-
-
-def _frozen(store: LabelStore, unit: Labels) -> dict[int, str]:
-    """Return component -> the reason of the first freeze that names one of its labels."""
-    if not store.freezes:
-        return {}
-    components = np.concatenate([unit[labels] for labels, _ in store.freezes])
-    number = np.repeat(np.arange(len(store.freezes)), [len(labels) for labels, _ in store.freezes])
-    found, first = np.unique(components, return_index=True)
-    return {c: store.freezes[n][1] for c, n in zip(found.tolist(), number[first].tolist(), strict=True)}
+        unit = _take(choice, choice.alternatives[pick], unit, why, reasons)
+    present = np.zeros(len(why), dtype=bool)
+    present[unit] = True
+    return Components((np.cumsum(present) - 1)[unit], why[present], reasons, taken)
 
 
 def _labels_of(alternatives: Sequence[Alternative]) -> Labels:
@@ -79,40 +93,45 @@ def _labels_of(alternatives: Sequence[Alternative]) -> Labels:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _best(choice: Choice, unit: Labels, frozen: Mapping[int, str]) -> int:
+def _best(choice: Choice, unit: Labels, why: Labels) -> int:
     """Count the units that every alternative leaves free among all labels that the choice touches."""
-    involved = np.unique(unit[_labels_of(choice.alternatives)])
-    is_frozen = np.array([int(c) in frozen for c in involved], dtype=bool)
+    involved = distinct(unit[_labels_of(choice.alternatives)], len(why))
+    local = _numbered(involved, len(why))
     free = []
     for alternative in choice.alternatives:
-        local = [(_local(involved, unit[a]), _local(involved, unit[b])) for a, b in alternative.ties]
-        merged = connect(len(involved), local)
+        merged = connect(len(involved), [(local[unit[a]], local[unit[b]]) for a, b in alternative.ties])
         stuck = np.zeros(merged.max(initial=-1) + 1, dtype=bool)
-        stuck[merged[is_frozen]] = True
+        stuck[merged[why[involved] >= 0]] = True
         for labels in alternative.freezes:
-            stuck[merged[_local(involved, unit[labels])]] = True
+            stuck[merged[local[unit[labels]]]] = True
         free.append(int((~stuck).sum()))
     return int(np.argmax(free))
 
 
-def _local(involved: Labels, components: Labels) -> Labels:
-    return np.searchsorted(involved, components).astype(np.int64)
+def _numbered(involved: Labels, n: int) -> Labels:
+    """Return ``[n]``: the place of every involved component among them."""
+    local = np.zeros(n, dtype=np.int64)
+    local[involved] = np.arange(len(involved))
+    return local
 
 
-def _take(choice: Choice, alternative: Alternative, unit: Labels, frozen: dict[int, str]) -> Labels:
-    """Join what an alternative ties, under the number of one of them, and freeze what it freezes (in ``frozen``)."""
+def _take(choice: Choice, alternative: Alternative, unit: Labels, why: Labels, reasons: list[str]) -> Labels:
+    """Join what an alternative ties, under the number of one of them, and freeze what it freezes (in ``why``)."""
     ties = [(unit[a], unit[b]) for a, b in alternative.ties if a.size]
     if ties:
-        involved = np.unique(np.concatenate([side for tie in ties for side in tie]))
-        merged = connect(len(involved), [(_local(involved, a), _local(involved, b)) for a, b in ties])
-        _, first = np.unique(merged, return_index=True)
-        target = np.arange(int(unit.max()) + 1)
-        target[involved] = involved[first[merged]]
-        for component in involved[target[involved] != involved].tolist():
-            if component in frozen:
-                frozen.setdefault(int(target[component]), frozen.pop(component))
+        involved = distinct(np.concatenate([side for tie in ties for side in tie]), len(why))
+        local = _numbered(involved, len(why))
+        merged = connect(len(involved), [(local[a], local[b]) for a, b in ties])
+        # Where an index repeats, the last value holds; backwards that is the first.
+        first = np.zeros(int(merged.max()) + 1, dtype=np.int64)
+        first[merged[::-1]] = involved[::-1]
+        target = np.arange(len(why))
+        target[involved] = first[merged]
+        stuck = involved[why[involved] >= 0][::-1]
+        why[target[stuck]] = why[stuck]
         unit = target[unit]
     for labels in alternative.freezes:
-        for component in np.unique(unit[labels]).tolist():
-            frozen.setdefault(component, f"{choice.where}: kept whole so that '{alternative.name}' can vary")
+        components = unit[labels]
+        why[components[why[components] < 0]] = len(reasons)
+        reasons.append(f"{choice.where}: kept whole so that '{alternative.name}' can vary")
     return unit

@@ -64,8 +64,7 @@ class Draft:
     hollow: bool = False
     hopeless: set[tuple[type, int]] = field(default_factory=set)
     n_checks: int = 0
-    _solved: tuple[object, Components] | None = None
-    _units: Units | None = None
+    _units: tuple[Components, Units] | None = None
 
     def build(self) -> tuple[ChannelGraph, Components]:
         """Solve and assemble with the decisions so far."""
@@ -84,19 +83,15 @@ class Draft:
         return graph, solved
 
     def solve(self) -> Components:
-        """Solve anew only after a freeze or another alternative; attributes tie nothing."""
-        decided = (len(self.run.store.freezes), tuple(sorted(self.forced.items())))
-        if self._solved is None or self._solved[0] != decided:
-            self._solved = decided, solve(self.run.store, self.forced)
-            self._units = None
-        return self._solved[1]
+        """Return the components under the decisions so far; attributes tie nothing."""
+        return solve(self.run.store, self.forced)
 
     def units(self) -> Units:
         """Group the components of :meth:`solve`."""
         solved = self.solve()
-        if self._units is None:
-            self._units = group_units(self.model, self.seeds, solved)
-        return self._units
+        if self._units is None or self._units[0] is not solved:
+            self._units = solved, group_units(self.model, self.seeds, solved)
+        return self._units[1]
 
 
 def check(draft: Draft, graph: ChannelGraph, solved: Components, shrink: Iterable[str], turn: int) -> Misfit | None:

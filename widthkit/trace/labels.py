@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,19 @@ Dims = tuple["Labels | None", ...]
 
 CONSTANT = 0
 """The label of positions that no tensor of the model owns, such as the zeros that padding adds."""
+
+
+def distinct(values: Labels, n: int) -> Labels:
+    """Return the different values, sorted; all are below ``n``. For many values this is far faster than sorting them.
+
+    >>> distinct(np.array([3, 1, 3]), 4).tolist()
+    [1, 3]
+    """
+    if values.size * 16 < n:
+        return np.unique(values)
+    present = np.zeros(n, dtype=bool)
+    present[values] = True
+    return np.flatnonzero(present)
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,12 @@ class LabelStore:
     ties: list[tuple[Labels, Labels]] = field(default_factory=list)
     freezes: list[tuple[Labels, str]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    solved: Any = field(default=None, repr=False)
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """Changes whenever something is recorded."""
+        return self.size, len(self.ties), len(self.freezes), len(self.choices)
 
     def __post_init__(self) -> None:
         self.freeze(np.array([CONSTANT]), "constant padding")
@@ -78,7 +98,7 @@ class LabelStore:
     def freeze(self, labels: Labels, reason: str) -> None:
         """Say that these positions are never dropped, and why."""
         if labels.size:
-            self.freezes.append((np.unique(labels), reason))
+            self.freezes.append((distinct(labels, self.size), reason))
 
     def choose(self, path: str, where: str, alternatives: Iterable[Alternative]) -> None:
         """Record a shape demand of the module at ``path`` that can be met in several ways."""

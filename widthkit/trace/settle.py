@@ -39,9 +39,7 @@ class _Known:
     @classmethod
     def of(cls, run: RunState) -> _Known:
         solved = solve(run.store)
-        frozen = np.zeros(int(solved.unit.max()) + 1, dtype=bool)
-        frozen[list(solved.frozen)] = True
-        return cls(run, solved.unit, frozen)
+        return cls(run, solved.unit, solved.frozen)
 
     def same(self, a: Labels, b: Labels) -> bool:
         """Whether as many positions remain of both, whatever is dropped: the same free units, equally often."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from widthkit.trace.context import OpContext
@@ -115,6 +116,20 @@ def copy(ctx: OpContext) -> None:
     """Write one tensor into another: what is written must keep the place's size."""
     target, source = ctx.tensors()[:2]
     ctx.set(ctx.out, broadcast_tie(ctx, [target, source], target))
+
+
+@rule("index_put", "_index_put_impl")
+def index_put(ctx: OpContext) -> None:
+    """Write rows into places picked by index: the dims behind the indexed ones must keep their sizes."""
+    target, values, indices = ctx.arg("self"), ctx.arg("values"), ctx.arg("indices")
+    dims, written = list(ctx.dims(target)), ctx.dims(values)
+    n_indexed = sum(i.ndim if i.dtype == torch.bool else 1 for i in indices if i is not None)
+    rest = 0 if any(i is None for i in indices) else target.ndim - n_indexed
+    for labels in [*dims[: target.ndim - rest], *written[: max(0, values.ndim - rest)]]:
+        ctx.freeze(labels, "writes to places picked along this dim")
+    for back in range(1, min(rest, values.ndim) + 1):
+        dims[-back] = ctx.match((dims[-back], target.shape[-back]), (written[-back], values.shape[-back]))
+    ctx.set(ctx.out, tuple(dims))
 
 
 @rule(
