@@ -185,9 +185,12 @@ def small(name: str, *, macs_limit: float = 4e8, params_limit: float = 3e7) -> S
     model = fill(build(name))
     for inputs in candidates(model):
         # It depends on values, so nothing can be tried without them.
-        with contextlib.suppress(Exception), torch.inference_mode():
-            call(model, inputs)
-            return Small(model, inputs, "float32", tolerance=1e-3, full=True)
+        for how, tolerance in (("float64", 1e-8), ("float32, which its code insists on", 1e-3)):
+            dtype = getattr(torch, how[:7])
+            with contextlib.suppress(Exception):
+                typed = _typed(inputs, dtype)
+                outputs(model.to(dtype), typed)
+                return Small(model, typed, f"whole, {how}", tolerance=tolerance, full=True)
     raise ModelError(f"{name}: no example input was found at any size")
 
 
@@ -217,7 +220,7 @@ def _shortened(
     if gone:
         how.append(f"{gone} repeated blocks fewer")
     fill(model)
-    real = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    real = _typed(inputs, torch.float64)
     precise = meta_clone(model).double()
     if runs(precise, real):
         if not _casts(precise, to_device(real, "meta")):
@@ -227,6 +230,12 @@ def _shortened(
             return Small(model, real, ", ".join(how), tolerance=tolerance)
         return Small(model.double(), real, ", ".join([*how, "computes parts in float32"]), tolerance=1e-4)
     return Small(model, inputs, ", ".join([*how, "float32, which its code insists on"]), tolerance=1e-3)
+
+
+def _typed(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Return inputs whose floating-point tensors have another type."""
+    typed: Inputs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    return typed
 
 
 def _tolerance(model: nn.Module, inputs: Inputs) -> float:

@@ -303,12 +303,16 @@ def shuffle(ctx: OpContext) -> None:
 
 @rule("index")
 def index(ctx: OpContext) -> None:
-    """Pick positions by integer tensors. Where their values are known the labels are picked too, else the dim stays."""
+    """Pick positions by integer tensors. Where their values are known the labels are picked too, else the dim stays.
+
+    In a hollow run all values are there, but they mean nothing.
+    """
     x, indices = ctx.arg("self"), ctx.arg("indices")
     dims = ctx.dims(x)
     if all(labels is None for labels in dims):
         return
-    if all(i is None or i.device.type != "meta" for i in indices) and ctx.out.numel():
+    known = x.device.type == "meta" and all(i is None or i.device.type != "meta" for i in indices)
+    if known and ctx.out.numel():
         execute(ctx)
         return
     picked = [d for d, i in enumerate(indices) if i is not None]
