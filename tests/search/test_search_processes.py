@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from widthkit_plugins.bc import BilaterallyCoupled
 
 from widthkit.search import search
-from widthkit.search.evaluator import Evaluator
+from widthkit.search.evaluator import Evaluator, Judgement, Piece
+from widthkit.search.journal import Journal
+from widthkit.search.loop import judge_new
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 
@@ -183,6 +185,44 @@ def test_a_search_interrupted_while_judgements_wait_for_memory_loses_one_network
     monkeypatch.setattr(Evaluator, "_part", run)
     # What has run of the network in flight is not written yet.
     check_resumed(tmp_path / "out", (n - 5, n), tmp_path, monkeypatch)
+
+
+class Waiting:
+    """Judgements that all wait for their pieces; only so many pieces are made before an interruption."""
+
+    def __init__(self, pieces, n):
+        self.held, self.left = {p.widths for p in pieces}, n
+
+    def events(self, vectors):
+        for widths in vectors:
+            key = tuple(widths.items())
+            if key not in self.held:
+                if not self.left:
+                    raise KeyboardInterrupt
+                self.left -= 1
+                yield Piece(key, 0, 0, 1.0, None, 1.0)
+        for place in range(len(vectors)):
+            yield place, Judgement(-1.0, 1.0, None)
+
+    many = events
+
+
+def test_pieces_outlive_any_number_of_interruptions(tmp_path):
+    """Also where a resumed search first repeats whole rounds from the journal."""
+    rounds = [{f"{r}-{n}": {"a": r, "b": n} for n in range(9)} for r in range(2)]
+    made = 0
+    for _ in range(9):
+        journal = Journal(tmp_path / "search-journal.jsonl", "me")
+        known = journal.read()
+        judge = Waiting(journal.read_pieces(), 2)
+        try:
+            for vectors in rounds:
+                list(judge_new(judge, vectors, journal, known))
+            break
+        except KeyboardInterrupt:
+            made += 2
+    assert made + 2 - judge.left == 18, "every piece is made once"
+    assert len(known) == 18
 
 
 def test_killed_processes_lose_one_network_each(tmp_path, monkeypatch):

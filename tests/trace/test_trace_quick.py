@@ -41,13 +41,12 @@ HEADS = empty(2, 3, 7, 4)
 VALID = {
     "relu": lambda: F.relu(X),
     "relu6": lambda: torch.ops.aten.relu6(X),
-    "gelu": lambda: F.gelu(X, approximate="tanh"),
+    "gelu": lambda: F.gelu(X),
     "silu": lambda: F.silu(X),
     "silu_": lambda: F.silu(empty(2, 3), inplace=True),
     "mish": lambda: F.mish(X),
     "elu": lambda: F.elu(X, 0.5),
     "selu": lambda: F.selu(X),
-    "celu": lambda: F.celu(X),
     "leaky_relu": lambda: F.leaky_relu(X, 0.1),
     "softplus": lambda: F.softplus(X),
     "hardtanh": lambda: F.hardtanh(X),
@@ -106,6 +105,11 @@ DOUBTFUL = {
     "transposed heads": lambda: F.scaled_dot_product_attention(*[HEADS.transpose(1, 2)] * 3),
     "outer": lambda: empty(4, 1) * empty(1, 5),
     "out of nothing": lambda: torch.cat([empty(0), empty(3)]),
+    "gelu by tanh": lambda: F.gelu(X, approximate="tanh"),
+    "celu": lambda: F.celu(X),
+    "one by one, channels last": lambda: F.relu(empty(2, 5, 1, 1).to(memory_format=torch.channels_last)),
+    "one channel, channels last": lambda: torch.cat([empty(2, 1, 4, 4).to(memory_format=torch.channels_last)] * 2, 1),
+    "rounded": lambda: torch.div(X, X, rounding_mode="floor"),
     "vector": lambda: F.linear(empty(6), MATRIX, BIAS),
 }
 
@@ -117,6 +121,11 @@ def test_what_is_out_of_the_ordinary_agrees_too(name):
 
 
 WRONG = {
+    "unknown approximation": lambda: F.gelu(X, approximate="bogus"),
+    "unknown rounding": lambda: torch.div(X, X, rounding_mode="bogus"),
+    "no bounds": lambda: torch.clamp(X),
+    "negative groups": lambda: F.group_norm(X, -4),
+    "alpha of zero": lambda: F.celu(X, 0.0),
     "linear": lambda: F.linear(empty(2, 5), MATRIX),
     "bias": lambda: F.linear(TOKENS, MATRIX, empty(8)),
     "batch norm": lambda: F.batch_norm(X, empty(7), empty(7)),
@@ -139,6 +148,13 @@ WRONG = {
 def test_wrong_calls_are_left_to_pytorch(name):
     with pytest.raises((RuntimeError, ValueError, IndexError)), torch.inference_mode(), _Compared():
         WRONG[name]()
+
+
+def test_strangers_operators_of_a_known_name_are_asked():
+    with torch.library._scoped_library("widthkit_test", "DEF") as library:
+        library.define("mish(Tensor x) -> Tensor")
+        library.impl("mish", lambda x: x[:, ::2], "Meta")
+        assert quick(torch.ops.widthkit_test.mish.default, (X,), {}) is None
 
 
 def test_shapes_that_broadcast_or_not_in_all_pairs():

@@ -89,7 +89,7 @@ _FLAGS = {
     "weight_decay": "--weight-decay",
 }
 """What options of functions are called on the command line."""
-_WRITTEN = re.compile(rf"(?<![\w.,-])({'|'.join(sorted(_FLAGS, key=len, reverse=True))})=(?=\S)")
+_WRITTEN = re.compile(rf"(?<![\w.,/@('=:-])({'|'.join(sorted(_FLAGS, key=len, reverse=True))})=(?=[^\s,;])")
 _SPOKEN = re.compile(rf"(?<![\w.'/-])({'|'.join(name for name in _FLAGS if '_' in name)})(?![\w.'/=(])")
 
 
@@ -100,6 +100,8 @@ def with_flags(line: str) -> str:
     "--precision 'fp16' cannot be used on a CPU; lower --min-width"
     >>> with_flags("caution=2: a share from 0 to 1")
     'caution=2: a share from 0 to 1'
+    >>> with_flags("there is no folder /data/seed=3/lr=0.1; 'dbc' has k=, seed=")
+    "there is no folder /data/seed=3/lr=0.1; 'dbc' has k=, seed="
     """
     line = line.replace("resume=False", "a run without --resume")
     line = _WRITTEN.sub(lambda found: f"{_FLAGS[found[1]]} ", line)

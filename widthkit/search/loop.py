@@ -90,7 +90,9 @@ def judge_new(
         known[fresh[place]] = judgement
         journal.add(fresh[place], judgement)
         yield vectors[fresh[place]], judgement
-    journal.end_round()
+    if fresh:
+        # A round that a resumed search only repeats leaves the pieces to the one that was interrupted.
+        journal.end_round()
 
 
 def key_of(widths: Mapping[str, int], fraction: float = 1.0) -> str:

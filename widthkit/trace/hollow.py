@@ -43,6 +43,8 @@ _PERIOD = 4099
 def replaces(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call is one of those that are not computed."""
     name, tensors = func.overloadpacket.__name__, flat_tensors((args, kwargs))
+    if func.namespace not in ("aten", "torchvision") or (name in _HEAVY and func._schema.is_mutable):
+        return False
     if name not in _HEAVY and not (_is_light(func, name) and any(t.ndim > 3 and t.numel() > _LARGE for t in tensors)):
         return False
     return all(t.is_floating_point() and t.device.type != "meta" for t in tensors)

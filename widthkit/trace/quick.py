@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _POINTWISE = {
-    *("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "hardtanh"),
+    *("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "leaky_relu", "softplus", "hardtanh"),
     *("hardswish", "hardsigmoid", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal"),
     *("add", "sub", "mul", "div", "clamp", "clamp_min"),
 }
@@ -32,6 +32,10 @@ def quick(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     (torch.Size([2, 8, 4, 4]), None)
     """
     name = func.overloadpacket.__name__
+    if func.namespace != "aten":
+        return None
+    if name == "clamp" and all(v is None for v in [*args[1:], *kwargs.values()]):
+        return None
     if name in _POINTWISE:
         return _pointwise(args, kwargs)
     if name.endswith("_") and name[:-1] in _POINTWISE:
@@ -53,15 +57,27 @@ def _plain(*tensors: Any) -> bool:
     """Whether all are contiguous tensors of one floating-point type on the meta device; ``None`` is passed over."""
     dtype = tensors[0].dtype
     return dtype.is_floating_point and all(
-        t is None or (isinstance(t, Tensor) and t.is_meta and t.dtype == dtype and t.is_contiguous()) for t in tensors
+        t is None or (isinstance(t, Tensor) and t.is_meta and t.dtype == dtype and _ordinary(t)) for t in tensors
     )
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    """Whether the strides are those of a new tensor; contiguous ones may have others along dims of size 1."""
+    if not tensor.is_contiguous():
+        return False
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True
 
 
 def _common(args: Any, kwargs: Any) -> tuple[Shape, list[Tensor]] | None:
     """Return the shape that the tensors of a pointwise call have in common, and the tensors."""
     values = [*args, *kwargs.values()]
     tensors = [v for v in values if isinstance(v, Tensor)]
-    if not tensors or any(isinstance(v, (complex, torch.dtype, torch.memory_format, list)) for v in values):
+    if not tensors or any(isinstance(v, (str, complex, torch.dtype, torch.memory_format, list)) for v in values):
         return None
     if not _plain(*tensors):
         return None
@@ -93,7 +109,16 @@ def _empty(shape: Shape, like: Tensor) -> Tensor:
 
 def _batch_norm(args: Any, kwargs: Any) -> Tensor | None:
     x, rest = args[0], args[1:5]
-    if kwargs or len(args) < 6 or args[5] or x.ndim < 2 or not _plain(x, *rest) or rest[2] is None or rest[3] is None:
+    if (
+        kwargs
+        or len(args) < 6
+        or args[5]
+        or x.ndim < 2
+        or not x.shape[1]
+        or not _plain(x, *rest)
+        or rest[2] is None
+        or rest[3] is None
+    ):
         return None
     return _empty(tuple(x.shape), x) if all(t is None or t.shape == (x.shape[1],) for t in rest) else None
 
@@ -109,7 +134,7 @@ def _layer_norm(args: Any, kwargs: Any) -> Tensor | None:
 def _group_norm(args: Any, kwargs: Any) -> Tensor | None:
     x, groups = args[0], args[1]
     rest = args[2:4]
-    if kwargs or x.ndim < 2 or not _plain(x, *rest) or not groups or x.shape[1] % groups:
+    if kwargs or x.ndim < 2 or not _plain(x, *rest) or groups < 1 or x.shape[1] % groups:
         return None
     return _empty(tuple(x.shape), x) if all(t is None or t.shape == (x.shape[1],) for t in rest) else None
 

@@ -40,11 +40,17 @@ def eval_mode(model: nn.Module) -> None:
     (False, False)
     """
     modules = list(model.modules())
-    if any(type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval for module in modules):
+    if any(_of_its_own(module) for module in modules):
         model.eval()
         return
     for module in modules:
         _set_flag(module, False)
+
+
+def _of_its_own(module: nn.Module) -> bool:
+    """Whether a class, or one module alone, says for itself what training and evaluation mean."""
+    kind, own = type(module), vars(module)
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval or "train" in own or "eval" in own
 
 
 def _set_flag(module: nn.Module, flag: bool) -> None:

@@ -18,7 +18,7 @@ from widthkit.bench import cut
 from widthkit.bench import oracles as checks
 from widthkit.bench.oracles import CheckError
 from widthkit.bench.zoo import build as builder
-from widthkit.bench.zoo.peer import compare
+from widthkit.bench.zoo.peer import halved, halved_by
 from widthkit.clone import meta_clone
 from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph
@@ -74,10 +74,11 @@ def measure(name: str, peer: str | None = None, seed: int = 0) -> Iterator[Row]:
     row["peak_memory_mb"] = peak_memory_mb()
     if peer is not None and n_params < _FILL_LIMIT:
         del tiny, small_graph
+        example = full if full is not None else next(candidates(model))
+        row["peer"] = {"peer": peer} | halved(model, example, graph, row["trace_cpu_seconds"])
         row["stage"] = "peer"
         yield row
-        example = full if full is not None else next(candidates(model))
-        row["peer"] = compare(peer, model, example, graph, row["trace_cpu_seconds"])
+        row["peer"] = row["peer"] | halved_by(peer, model, example)
     row["stage"] = "done"
     yield row
 

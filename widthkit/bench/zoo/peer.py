@@ -25,29 +25,34 @@ PEER_SECONDS = 60
 """A peer that needs more of the processor's time is stopped."""
 
 
-def compare(peer: str, model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds: float) -> dict[str, Any]:
-    """Halve a model with widthkit and with a peer: from the dense model to the outputs of the halved one.
+def halved(model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds: float) -> dict[str, Any]:
+    """Halve a model with widthkit and run it.
 
     Args:
-        peer: One of :data:`PEERS`.
         model: Stays as it is.
-        inputs: What the halved models are run on.
+        inputs: What the halved model is run on.
         graph: Of this model.
-        trace_seconds: What finding it took, which counts as widthkit's.
+        trace_seconds: What finding it took.
 
     Returns:
-        ``own_seconds``, and ``seconds`` or ``error`` of the peer, with parameters left of both. Seconds are of the
-        processor, so other processes do not count.
+        ``own_seconds`` of the processor, from the dense model to the outputs of the halved one, and ``own_params``.
     """
-    if peer not in PEERS:
-        raise OptionError(f"unknown peer '{peer}'; known: {', '.join(PEERS)}")
     start = time.process_time()
     slim = export(model, {n: (w + 1) // 2 for n, w in graph.full.items()}, graph=graph)
     with torch.no_grad():
         call(slim, inputs)
-    own = trace_seconds + time.process_time() - start
-    row: dict[str, Any] = {"peer": peer, "own_seconds": own, "own_params": n_params(slim)}
-    del slim
+    return {"own_seconds": trace_seconds + time.process_time() - start, "own_params": n_params(slim)}
+
+
+def halved_by(peer: str, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Let a peer do the same.
+
+    Returns:
+        ``peer``, ``seconds`` of the processor, ``params`` left, and ``error`` where it failed.
+    """
+    if peer not in PEERS:
+        raise OptionError(f"unknown peer '{peer}'; known: {', '.join(PEERS)}")
+    row: dict[str, Any] = {"peer": peer}
     victim = copy.deepcopy(model)
     start = time.process_time()
     try:
