@@ -75,6 +75,8 @@ def test_what_a_peer_breaks_is_the_peers(monkeypatch):
     assert 0 < row["peer"]["own_seconds"] < row["seconds"] + 1
     assert verdict(row) == "pass"
     assert "the process died (exit code 3)" in markdown([row], "timm", {})
+    del row["peer"]["own_seconds"]
+    assert "not compared" in markdown([row], "timm", {})
 
 
 def test_the_table_names_who_misses_a_bar():

@@ -110,7 +110,7 @@ def _line(row: Row, with_peer: bool) -> str:
 def _peer(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    own = f"{found['own_seconds']:.1f} s here"
+    own = f"{found['own_seconds']:.1f} s here" if "own_seconds" in found else "not compared"
     return f"{_plain(found['error'])[:80]}; {own}" if "error" in found else f"{found['seconds']:.1f} s, {own}"
 
 
