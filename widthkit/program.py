@@ -17,6 +17,8 @@ from widthkit.errors import BudgetError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+MATRIX_PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")
+"""Names of ATen's matrix products."""
 
 
 @dataclass(frozen=True)

@@ -17,24 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from widthkit.latency.conditions import Conditions
-from widthkit.program import OpCall, Program, TensorSpec, is_floating
+from widthkit.program import MATRIX_PRODUCTS, OpCall, Program, TensorSpec, is_floating
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Shape = tuple["int | str", ...]
-CONTRACTIONS = (
-    "conv",
-    "linear",
-    "matmul",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "einsum",
-    "scaled_dot_product",
-    "mv",
-    "dot",
-)
+CONTRACTIONS = ("conv", *MATRIX_PRODUCTS, "scaled_dot_product", "mv", "dot")
 _FOLLOWS = {"groups": "conv", "normalized_shape": "layer_norm"}
 """Arguments that follow the sizes, and the operators that have them."""
 

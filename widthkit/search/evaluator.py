@@ -64,7 +64,7 @@ class Piece:
         fraction: Share of every batch that was used.
     """
 
-    widths: tuple[tuple[str, int], ...]
+    widths: Name
     path: int
     batch: int
     loss: float

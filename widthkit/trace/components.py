@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from widthkit.trace.labels import Alternative, Choice, Labels, LabelStore, distinct
+from widthkit.trace.labels import Alternative, Choice, Labels, LabelStore, unique
 
 
 @dataclass
@@ -95,7 +95,7 @@ def _labels_of(alternatives: Sequence[Alternative]) -> Labels:
 
 def _best(choice: Choice, unit: Labels, why: Labels) -> int:
     """Count the units that every alternative leaves free among all labels that the choice touches."""
-    involved = distinct(unit[_labels_of(choice.alternatives)], len(why))
+    involved = unique(unit[_labels_of(choice.alternatives)], len(why))
     local = _numbered(involved, len(why))
     free = []
     for alternative in choice.alternatives:
@@ -119,7 +119,7 @@ def _take(choice: Choice, alternative: Alternative, unit: Labels, why: Labels, r
     """Join what an alternative ties, under the number of one of them, and freeze what it freezes (in ``why``)."""
     ties = [(unit[a], unit[b]) for a, b in alternative.ties if a.size]
     if ties:
-        involved = distinct(np.concatenate([side for tie in ties for side in tie]), len(why))
+        involved = unique(np.concatenate([side for tie in ties for side in tie]), len(why))
         local = _numbered(involved, len(why))
         merged = connect(len(involved), [(local[a], local[b]) for a, b in ties])
         # Where an index repeats, the last value holds; backwards that is the first.

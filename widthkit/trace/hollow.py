@@ -12,25 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from widthkit.program import MATRIX_PRODUCTS
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.quick import quick
 
 _HEAVY = {
     *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)),
-    *(
-        "roi_align",
-        "convolution",
-        "linear",
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "einsum",
-        "scaled_dot_product_attention",
-    ),
+    *MATRIX_PRODUCTS,
+    *("convolution", "roi_align", "scaled_dot_product_attention"),
 }
 _LARGE = 1 << 16
 """Element-wise operators, norms and pooling of feature maps above this size are not computed either."""
@@ -38,6 +30,33 @@ _LIGHT = {"batch_norm", "max_pool2d", "avg_pool2d", "upsample_nearest2d", "upsam
 _DECIDING = {"gt", "lt", "ge", "le", "eq", "ne", "isnan", "isfinite", "logical_and", "logical_or", "logical_not"}
 _PERIOD = 4099
 """A prime, so that the values do not repeat along a dim."""
+
+
+class Cheap(TorchDispatchMode):
+    """Runs a model by :func:`result`; under inference mode, where composite operators arrive whole, if not hollow."""
+
+    def __init__(self, hollow: bool = False) -> None:
+        super().__init__()
+        self.hollow = hollow
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the result of a call."""
+        return result(func, args, kwargs or {}, self.hollow)
+
+
+def result(func: Any, args: Any, kwargs: Any, hollow: bool = False) -> Any:
+    """Return what a call returns, by the cheapest way that has its shape (:mod:`widthkit.trace.quick`).
+
+    Args:
+        func: The ATen operator.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        hollow: Make up what is costly.
+    """
+    if hollow and replaces(func, args, kwargs):
+        return made_up(func, args, kwargs)
+    out = quick(func, args, kwargs)
+    return func(*args, **kwargs) if out is None else out
 
 
 def replaces(func: Any, args: Any, kwargs: Any) -> bool:
@@ -65,8 +84,7 @@ def made_up(func: Any, args: Any, kwargs: Any) -> Tensor:
     real = (args, kwargs)
     device = flat_tensors(real)[0].device
     meta_args, meta_kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), real)
-    found = quick(func, meta_args, meta_kwargs)
-    shape: Tensor = func(*meta_args, **meta_kwargs) if found is None else found
+    shape: Tensor = result(func, meta_args, meta_kwargs)
     base, n = _noise(device, shape.dtype), shape.numel()
     whole = n - n % _PERIOD
     out = base.new_empty(n)

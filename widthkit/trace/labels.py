@@ -21,10 +21,10 @@ CONSTANT = 0
 """The label of positions that no tensor of the model owns, such as the zeros that padding adds."""
 
 
-def distinct(values: Labels, n: int) -> Labels:
+def unique(values: Labels, n: int) -> Labels:
     """Return the different values, sorted; all are below ``n``. For many values this is far faster than sorting them.
 
-    >>> distinct(np.array([3, 1, 3]), 4).tolist()
+    >>> unique(np.array([3, 1, 3]), 4).tolist()
     [1, 3]
     """
     if values.size * 16 < n:
@@ -98,7 +98,7 @@ class LabelStore:
     def freeze(self, labels: Labels, reason: str) -> None:
         """Say that these positions are never dropped, and why."""
         if labels.size:
-            self.freezes.append((distinct(labels, self.size), reason))
+            self.freezes.append((unique(labels, self.size), reason))
 
     def choose(self, path: str, where: str, alternatives: Iterable[Alternative]) -> None:
         """Record a shape demand of the module at ``path`` that can be met in several ways."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 _POINTWISE = {
     *("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "leaky_relu", "softplus", "hardtanh"),
@@ -42,15 +41,6 @@ def quick(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         return _in_place(args, kwargs)
     own = _OTHERS.get(name)
     return None if own is None else own(args, kwargs)
-
-
-class Quick(TorchDispatchMode):
-    """Runs on the meta device with quick results; under inference mode, as composite operators must arrive whole."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = quick(func, args, kwargs)
-        return func(*args, **kwargs) if out is None else out
 
 
 def _plain(*tensors: Any) -> bool:

@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_map_only
 from widthkit.errors import TraceError, WidthkitError
 from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
-from widthkit.trace.hollow import made_up, replaces
+from widthkit.trace.hollow import result
 from widthkit.trace.inputs import Keywords
-from widthkit.trace.quick import quick
 
 
 class Recorder(TorchDispatchMode):
@@ -52,14 +51,6 @@ class Recorder(TorchDispatchMode):
             self.run.unknown[context.name] = context.path
         for tensor in labelled:
             context.freeze_tensor(tensor, "has no coupling rule (docs/rules.md says how to register one)")
-
-
-def result(func: Any, args: Any, kwargs: Any, hollow: bool) -> Any:
-    """Return what a call returns, by the cheapest way that has its shape (:mod:`quick`) and its decisions."""
-    if hollow and replaces(func, args, kwargs):
-        return made_up(func, args, kwargs)
-    out = quick(func, args, kwargs)
-    return func(*args, **kwargs) if out is None else out
 
 
 def _apply(rule: rules.Rule, context: OpContext) -> None:

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widthkit.clone import named_tensors
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.recorder import call, result
+from widthkit.trace.hollow import result
+from widthkit.trace.recorder import call
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -15,13 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from widthkit.bench.oracles import hollow_outputs, n_params, outputs
-from widthkit.clone import clone_with, meta_clone
+from widthkit.bench.oracles import counted_macs, hollow_outputs, n_params, outputs, relative_error
+from widthkit.clone import clone_with, meta_clone, real_clone
 from widthkit.errors import ModelError
 from widthkit.models import create_model
 from widthkit.trace.context import flat_tensors
+from widthkit.trace.hollow import Cheap
 from widthkit.trace.inputs import Inputs, candidates, needs_values
-from widthkit.trace.quick import Quick
 from widthkit.trace.recorder import call, to_device
 
 SIZES = (64, 96, 128, 192, 224, 256, 288, 384)
@@ -85,7 +85,7 @@ def runs(model: nn.Module, inputs: Inputs) -> bool:
         ValuesNeeded: If it cannot be told there.
     """
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]), Quick():
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), Cheap():
             return bool(flat_tensors((call(meta_clone(model), to_device(inputs, "meta")),)))
     except Exception as error:
         if needs_values(error):
@@ -241,7 +241,7 @@ def _typed(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def _tolerance(model: nn.Module, inputs: Inputs) -> float:
     """Return what reordered sums may change: far more where features are multiplied with each other (StarNet)."""
     expected = outputs(model, inputs)
-    rounded = clone_with(model, lambda _, t: t.detach().clone())
+    rounded = real_clone(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in rounded.parameters():
@@ -250,9 +250,7 @@ def _tolerance(model: nn.Module, inputs: Inputs) -> float:
                 parameter.mul_(1 + torch.finfo(torch.float64).eps * signs.double())
     found = outputs(rounded, inputs)
     changes = [
-        float((a - e).abs().max()) / max(1.0, float(e.abs().max()))
-        for a, e in zip(found, expected, strict=True)
-        if e.is_floating_point() and e.numel()
+        relative_error(a, e) for a, e in zip(found, expected, strict=True) if e.is_floating_point() and e.numel()
     ]
     return min(max(_PRECISE, 30 * max(changes, default=0.0)), 1e-3)
 
@@ -286,6 +284,4 @@ def build_again(model: nn.Module) -> nn.Module:
 
 
 def _macs(model: nn.Module, inputs: Inputs) -> float:
-    from widthkit.bench.oracles import counted_macs
-
     return float(counted_macs(meta_clone(model), to_device(inputs, "meta")))
