@@ -77,6 +77,8 @@ def _trace(
     if not free_outputs:
         for labels in first.output_labels:
             first.draft.run.store.freeze(labels, "model output; free_outputs=True lets it vary")
+    # Only now, since sizes are weighed by what is frozen already.
+    settle(first.draft.run, first.claims)
     first.draft.free_outputs = free_outputs
     return with_program(first.draft, probe(first.draft))
 
@@ -97,6 +99,7 @@ def _uncollected() -> Iterator[None]:
 class _FirstRun:
     draft: Draft
     output_labels: list[Any]
+    claims: list[Claim]
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
@@ -146,12 +149,11 @@ def _run_copy(model: nn.Module, inputs: Inputs, device: str, hollow: bool = Fals
     outputs, claims = watched(model, placed, run, hollow)
     batch = batch_size(inputs)
     notes = _also_in_training(model, placed, run, hollow)
-    settle(run, claims)
     freeze_unused(model, run, seeds)
     found = flat_tensors((outputs,))
     labels = [labels for t in found for labels in run.dims_of(t) if labels is not None]
     draft = Draft(model, placed, batch, run, seeds, [tuple(t.shape) for t in found], notes=notes, hollow=hollow)
-    return _FirstRun(draft, labels)
+    return _FirstRun(draft, labels, claims)
 
 
 def watched(model: nn.Module, inputs: Inputs, run: RunState, hollow: bool = False) -> tuple[Any, list[Claim]]:

@@ -18,14 +18,17 @@ def settle(run: RunState, claims: Sequence[Claim]) -> None:
     """Let attributes follow what they count, and tie dims whose sizes Python computes from one another.
 
     Claims that the labels foretell anyway (most of them: ``x.view(B, C, -1)``) tie nothing. Attributes that count
-    several dims tie these; an attribute that is also a fixed size freezes what it counts.
+    several dims tie these; an attribute that is also a fixed size freezes what it counts. What one claim ties may
+    change which alternatives are taken, so claims that tied nothing are weighed again until none does.
     """
     counted = _by_attribute(run, claims)
     _follow(run, counted)
-    known = _Known.of(run)
-    for claim in claims:
-        if not isinstance(claim.source, Attribute):
-            _compute(run, claim, counted, known)
+    open_claims = [c for c in claims if not isinstance(c.source, Attribute)]
+    n_before = -1
+    while len(open_claims) != n_before:
+        n_before = len(open_claims)
+        known = _Known.of(run)
+        open_claims = [c for c in open_claims if not _compute(run, c, counted, known)]
 
 
 class _Known:
@@ -109,16 +112,19 @@ def _follow(run: RunState, counted: dict[Attribute, list[Claim]]) -> None:
                 run.store.tie(first, claim.labels, f"{name} counts constant padding")
 
 
-def _compute(run: RunState, claim: Claim, counted: dict[Attribute, list[Claim]], known: _Known) -> None:
-    """Tie a dim with those that its size is computed from, unless they agree anyway."""
+def _compute(run: RunState, claim: Claim, counted: dict[Attribute, list[Claim]], known: _Known) -> bool:
+    """Tie a dim with those that its size is computed from, unless they agree anyway; return whether it was needed."""
     source, labels = claim.source, claim.labels
     if isinstance(source, Size):
         if labels is None:
             run.store.freeze(source.labels, f"{claim.where or 'model'}: its size is used for a dim of fixed size")
-        elif not known.same(source.labels, labels):
+            return True
+        if not known.same(source.labels, labels):
             known.tie(source.labels, labels)
+            return True
     elif isinstance(source, Result) and source.kind == "floordiv" and labels is not None:
-        _divide(run, claim.where, source, labels, counted, known)
+        return _divide(run, claim.where, source, labels, counted, known)
+    return False
 
 
 def _divide(
@@ -128,22 +134,23 @@ def _divide(
     labels: Labels,
     counted: dict[Attribute, list[Claim]],
     known: _Known,
-) -> None:
-    """``C // heads`` positions remain: equally many in every head, or whole heads go."""
+) -> bool:
+    """``C // heads`` positions remain: equally many in every head, or whole heads go; whether that had to be said."""
     whole, count = _labels_of(source.left, counted), _value(source.right, counted)
     if whole is None or count is None or len(whole) != count * len(labels):
-        return
+        return False
     heads = _labels_of(source.right, counted)
     inside = np.tile(labels, count)
     if known.same(whole, inside) or (heads is not None and known.same(whole, np.repeat(heads, len(labels)))):
-        return
+        return False
     if heads is None or known.frozen[known.unit[heads]].all():
         known.tie(whole, inside)
-        return
+        return True
     outside = Alternative(f"factor {count}", ((whole, np.repeat(heads, len(labels))),), (labels,))
     options = [Alternative(f"factor {len(labels)}", ((whole, inside),), (heads,)), outside]
     run.store.choose(where, f"{where or 'model'}: computes a size by division", options)
     known.assume(whole, inside)
+    return True
 
 
 def _labels_of(source: Source | int, counted: dict[Attribute, list[Claim]]) -> Labels | None:
