@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import oracles
 import pytest
@@ -171,6 +173,39 @@ class Heads(nn.Module):
         return self.head((x + self.proj(y)).mean(1))
 
 
+class Stored(nn.Module):
+    """Attention as in EVA-02: a fixed number of heads, rotated by one table for all blocks, back at the stream's size.
+
+    The table ties the head sizes of all blocks; the stream is the output, so nothing of the heads can go.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.register_buffer("table", torch.rand(4, 4))
+        self.blocks = nn.ModuleList(self.Block() for _ in range(4))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 2
+            self.norm, self.qkv, self.proj = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x, table):
+            B, N, C = x.shape
+            q, k, v = self.qkv(self.norm(x)).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q * table, k * table, v).transpose(1, 2).reshape(B, N, C)
+            x = x + self.proj(y)
+            return x + self.down(self.up(x).relu())
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, self.table)
+        return x
+
+
 class Partial(Net):
     """Slices by a width that is kept as an attribute, and splits by sizes in a list."""
 
@@ -212,6 +247,7 @@ CASES = {
     Weighted: {"stem": 6},
     Spread: {"stem.conv": 6, "mid.conv": 8},
     Heads: None,
+    Stored: {f"blocks.{i}.up": 12 for i in range(4)},
     Partial: None,
     Packed: None,
 }
@@ -244,6 +280,20 @@ def test_sizes_computed_in_python_do_not_freeze(kind):
     _, _, graph = traced(kind)
     assert graph.cost.searchable_share(graph.vector()) == 1.0
     assert sum(graph.full.values()) >= 4
+
+
+def test_nothing_is_mended_where_the_output_decides(monkeypatch):
+    probe = importlib.import_module("widthkit.trace.probe")
+    misfits: list[str] = []
+
+    def watched(draft, misfit, turn):
+        misfits.append(misfit.why)
+        return mend(draft, misfit, turn)
+
+    mend = probe.mend
+    monkeypatch.setattr(probe, "mend", watched)
+    traced(Stored)
+    assert not misfits
 
 
 def test_attributes_follow_what_they_count():
