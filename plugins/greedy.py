@@ -7,16 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from widthkit_plugins.greedy_race import Race
 
 from widthkit.budget import Budget
 from widthkit.errors import OptionError
-from widthkit.search.searcher import Searcher, WidthVector
+from widthkit.search.searcher import Searcher, Span, WidthVector
 from widthkit.space import SearchSpace
-
-_BATCH = 3
-"""Candidates that a lazy round judges at a time: together they share what is the same."""
-_REMEMBERED = 200
-"""Changes of estimates from which the slack of a lazy round follows."""
 
 
 class GreedySearcher(Searcher):
@@ -26,18 +22,18 @@ class GreedySearcher(Searcher):
     One pass visits every budget on the way, so the result's Pareto set is a whole trade-off curve. Ties go to the
     group that saves more.
 
-    Two options judge less and may decide differently. A lazy round judges first what cost least when it was last
-    judged, and stops when nothing else can be expected to cost less, as lazy greedy selection does (Minoux, 1978). A
-    race judges on a part of the data, and only those that lead on all of it.
+    Two options judge less and may decide differently. With ``lazy`` a round starts from what candidates cost in the
+    rounds before, and judges again only who may be the best now, as lazy greedy selection does (Minoux, 1978). With
+    ``race`` candidates are judged part by part of the held-out data, and those fall out early that can hardly be the
+    best. ``risk`` is what "may" and "hardly" mean.
 
     Args:
         space: The widths to choose from.
         budget: What the result may cost.
         rng: Not used; greedy slimming draws nothing.
         lazy: Judge again only what may be the best.
-        race: Share of the held-out examples that every candidate is judged on first; 1 is no race.
-        finalists: How many candidates of a race are judged on all examples.
-        caution: How much of the change of estimates seen so far a lazy round allows for, from 0 to 1.
+        race: Into how many parts the held-out data are divided, each a batch or more; 1 is no race.
+        risk: Most probability of being the best with which a candidate is not looked at further.
     """
 
     def __init__(
@@ -46,121 +42,99 @@ class GreedySearcher(Searcher):
         budget: Budget,
         rng: np.random.Generator,
         lazy: bool = False,
-        race: float = 1.0,
-        finalists: int = 3,
-        caution: float = 0.9,
+        race: int = 1,
+        risk: float = 0.05,
     ) -> None:
         super().__init__(space, budget, rng)
-        if not 0 < race <= 1:
-            raise OptionError(f"race={race}: a share of the held-out examples above 0 and up to 1")
-        if finalists < 1:
-            raise OptionError(f"finalists={finalists}: at least 1 candidate must reach the end of a race")
-        if not 0 <= caution <= 1:
-            raise OptionError(f"caution={caution}: a share from 0 to 1")
-        self._lazy, self._race, self._n_finalists, self._caution = lazy, race, finalists, caution
+        if isinstance(race, bool) or race != int(race) or race < 1:
+            raise OptionError(f"race={race}: a whole number of parts of the held-out data; 1 is no race")
+        if not 0 < risk < 1:
+            raise OptionError(f"risk={risk}: a probability above 0 and below 1")
         self._now = dict(space.largest)
         self._start = budget.usage(space.graph, self._now)
-        self._stage = "start" if race == 1 else "start of race"
-        self._level = 0.0
-        self._loss: dict[str, float] = {}
-        self._fresh: dict[str, float] = {}
-        self._changes: list[float] = []
+        self._stage = "start"
+        self._all = not lazy and race == 1
+        self._seen: tuple[WidthVector, dict[str, WidthVector], list[str]] = {}, {}, []
+        self._race = Race(int(race), lazy, risk)
 
     def ask(self) -> list[WidthVector]:
-        """The starting point once, then groups one step narrower: all of them, or those that may be the best."""
-        if self._stage.startswith("start"):
+        """The starting point, then groups one step narrower: all of them, or those that may be the best."""
+        if self._stage == "start":
             return [dict(self._now)]
-        steps = self._steps()
-        return [] if self.done else [steps[name] for name in self._asked()]
+        return [] if self.done else [dict(self._steps()[0][name]) for name in self._next()[0]]
 
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
-        """Move to the best candidate once the round is over."""
-        scores = [-math.inf if math.isnan(score) else float(score) for score in scores]
-        if self._stage.startswith("start"):
-            if self._stage == "start of race" or self._race == 1:
-                self._level = scores[0]
-            self._stage = "start" if self._stage == "start of race" else "round"
-            return
-        told = dict(zip(self._asked(), scores, strict=True))
-        if self._stage == "round":
-            self._note(told)
-            if self._asked():
-                return
-            told = dict(self._fresh)
-            if self._race < 1:
-                self._stage = "final"
-                return
-        self._move(told)
+        """Take in what was judged, and move to the best candidate once the round is decided."""
+        losses = [math.inf if math.isnan(score) else -float(score) for score in scores]
+        names, span = self._next()
+        if self._stage == "start":
+            if span is not None or self._race.parts == 1:
+                self._race.start(losses[0], *((0, 1) if span is None else span[:2]))
+            self._stage = "start" if span is not None else "round"
+        elif self._all:
+            steps, order = self._steps()
+            told = dict(zip(names, losses, strict=True))
+            self._now = steps[min(order, key=told.__getitem__)]
+        elif span is not None or self._race.parts == 1:
+            self._race.tell(names, losses, *((0, 1) if span is None else span[:2]))
+            if self._race.parts == 1 and not self._race.ask(self._steps()[1])[0]:
+                self._move()
+        else:
+            self._move()
 
     @property
-    def fraction(self) -> float:
-        """The race's share of the examples, but 1 for its finalists and for the starting point."""
-        return self._race if self._stage in ("round", "start of race") else 1.0
+    def parts(self) -> int:
+        """As many as a race has."""
+        return int(self._race.parts)
 
-    def _steps(self) -> dict[str, WidthVector]:
-        steps = {name: self.space.narrower(self._now, name) for name in self.space.names}
-        return {name: step for name, step in steps.items() if step is not None}
+    @property
+    def span(self) -> Span | None:
+        """Part of the data in a race, but all of it for the starting point and for every winner."""
+        return self._next()[1]
 
-    def _asked(self) -> list[str]:
-        """Name the groups to judge next; none when the round is over."""
-        names = list(self._steps())
-        if self._stage == "final":
-            first = sorted(self._fresh, key=lambda name: (-self._fresh[name], names.index(name)))
-            return sorted(first[: self._n_finalists], key=names.index)
-        if not self._lazy:
-            return [] if self._fresh else names
-        new = [name for name in names if name not in self._loss]
-        stale = sorted((n for n in names if n in self._loss and n not in self._fresh), key=lambda n: self._loss[n])
-        if self._fresh:
-            best = min(self._loss[name] for name in self._fresh)
-            stale = [name for name in stale if self._loss[name] - self._slack() <= best]
-        return sorted(new + stale[:_BATCH], key=names.index)
+    def _steps(self) -> tuple[dict[str, WidthVector], list[str]]:
+        """Return the candidates, and their names in the order in which they win ties."""
+        if self._seen[0] != self._now:
+            steps = {name: self.space.narrower(self._now, name) for name in self.space.names}
+            found = {name: step for name, step in steps.items() if step is not None}
+            order = sorted(found, key=lambda name: self.budget.usage(self.space.graph, found[name]))
+            self._seen = dict(self._now), found, order
+        return self._seen[1:]
 
-    def _slack(self) -> float:
-        """By how much an estimate may have fallen since."""
-        return max(0.0, float(np.quantile(self._changes, self._caution))) if self._changes else math.inf
+    def _next(self) -> tuple[list[str], Span | None]:
+        """Name what to judge next, and the part of the data to judge it on."""
+        parts = self._race.parts
+        if self._stage == "start":
+            known = len(self._race.level)
+            return [], None if parts == 1 or known == parts else Span(known, self._race.stretch(known)[1], parts)
+        steps, order = self._steps()
+        if self._all or not steps:
+            return list(steps), None
+        names, start, stop = self._race.ask(order)
+        if not names:
+            return [self._race.best(order)], None
+        return [name for name in steps if name in names], None if parts == 1 else Span(start, stop, parts)
 
-    def _note(self, told: Mapping[str, float]) -> None:
-        for name, score in told.items():
-            loss = self._level - score if math.isfinite(score) else math.inf
-            if math.isfinite(loss - self._loss.get(name, math.inf)):
-                self._changes = [*self._changes[1 - _REMEMBERED :], self._loss[name] - loss]
-            self._loss[name], self._fresh[name] = loss, score
-
-    def _move(self, told: Mapping[str, float]) -> None:
-        steps = self._steps()
-        usage = {name: self.budget.usage(self.space.graph, steps[name]) for name in told}
-        order = list(steps)
-        best = max(told, key=lambda name: (told[name], -usage[name], -order.index(name)))
-        self._now = steps[best]
-        self._level = self._fresh[best]
-        del self._loss[best]
-        self._fresh = {}
-        self._stage = "round"
+    def _move(self) -> None:
+        steps, order = self._steps()
+        winner = self._race.best(order)
+        self._race.end(order, winner)
+        self._now = steps[winner]
 
     def state_dict(self) -> dict[str, Any]:
         """The current widths, and what is known of the next steps."""
-        return {
-            "now": dict(self._now),
-            "stage": self._stage,
-            "level": self._level,
-            "loss": dict(self._loss),
-            "fresh": dict(self._fresh),
-            "changes": list(self._changes),
-        }
+        return {"now": dict(self._now), "stage": self._stage, "race": self._race.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self._now = dict(state["now"])
         self._stage = str(state["stage"])
-        self._level = float(state["level"])
-        self._loss, self._fresh = dict(state["loss"]), dict(state["fresh"])
-        self._changes = list(state["changes"])
+        self._race.load_state_dict(state["race"])
 
     @property
     def done(self) -> bool:
         """Whether the current widths are inside the budget."""
-        return not self._stage.startswith("start") and self.budget.fits(self.space.graph, self._now)
+        return self._stage != "start" and self.budget.fits(self.space.graph, self._now)
 
     @property
     def progress(self) -> float:

@@ -340,7 +340,7 @@ def test_stages_need_bins(tmp_path, capfd, monkeypatch):
         (["--data", "cifar10", "--data-dir", "nowhere"], "pass --data-dir FOLDER"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--search-memory", "2XB"], "error: --search-memory '2XB': this is no amount"),
-        (["--searcher-option", "caution=2"], "error: caution=2: a share from 0 to 1"),
+        (["--searcher-option", "risk=2"], "error: risk=2: a probability above 0 and below 1"),
     ],
     ids=str,
 )

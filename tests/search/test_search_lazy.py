@@ -4,23 +4,24 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import nn
 from widthkit_plugins.greedy import GreedySearcher
+from widthkit_plugins.greedy_race import Race
 
 from widthkit.budget import parse_budget
-from widthkit.errors import OptionError
+from widthkit.errors import DataError, OptionError
 from widthkit.search import search as whole_search
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.loop import run_loop
+from widthkit.search.searcher import Span
 from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import SearcherConformance, small_batch, small_graph, small_net
 from widthkit.trace import trace
 
-OPTIONS = [{"lazy": True}, {"race": 0.25}, {"lazy": True, "race": 0.5, "finalists": 2}]
+OPTIONS = [{"lazy": True}, {"race": 4}, {"lazy": True, "race": 5, "risk": 0.2}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -31,23 +32,25 @@ class TestConformance(SearcherConformance):
 
 
 class Judge:
-    """A separable score; on a part of the data everything is judged with an error that depends on the widths."""
+    """A separable score; every eighth of the data adds an error of its own to every width vector's score."""
 
-    def __init__(self, seed, noise=0.0, fraction=1.0):
-        self.seed, self.noise, self.fraction, self.work, self.calls = seed, noise, fraction, [0.0], [0]
+    def __init__(self, seed, noise=0.0, span=None):
+        self.seed, self.noise, self.span, self.work, self.calls = seed, noise, span, [0.0], [0]
         self.weight, self.power = np.random.default_rng(seed).uniform((1, 0.2), (9, 0.9), size=(9, 2)).T
 
-    def at(self, fraction):
-        part = Judge(self.seed, self.noise, fraction)
+    def at(self, span):
+        assert span.of == 8
+        part = Judge(self.seed, self.noise, span)
         part.work, part.calls = self.work, self.calls
         return part
 
     def __call__(self, widths):
-        self.work[0] += self.fraction
+        start, stop, of = self.span or (0, 8, 8)
+        self.work[0] += (stop - start) / of if self.span or self.noise == 0 else 0
         self.calls[0] += 1
         score = sum(a * w**p for a, p, w in zip(self.weight, self.power, widths.values(), strict=True))
-        if self.fraction < 1:
-            score += self.noise * np.random.default_rng([self.seed, *widths.values()]).normal()
+        error = np.random.default_rng([self.seed, *widths.values()]).normal(size=8)[start:stop].mean()
+        score += self.noise * float(error)
         return Judgement(float(score), -float(score), None)
 
 
@@ -74,47 +77,114 @@ def test_lazy_decides_as_greedy_does_where_later_steps_cost_more(seed):
     assert lazy.work[0] < plain.work[0]
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_race_without_noise_decides_as_greedy_does(seed):
+def test_a_race_without_noise_decides_as_greedy_does(seed, lazy):
     plain, raced = Judge(seed), Judge(seed)
     expected, _ = search(plain)
-    found, trials = search(raced, race=0.25, finalists=2)
+    found, trials = search(raced, race=8, lazy=lazy)
     assert found == expected
-    # Finalists and the starting point alone are trials of the result.
-    assert len(trials) < plain.calls[0]
-    assert all(t.score == Judge(seed)(t.widths).score for t in trials)
+    # The starting point and every round's winner alone are trials of the result.
+    assert [t.score for t in trials] == [Judge(seed)(t.widths).score for t in trials]
+    assert len(trials) == 1 + sum(8 - w for w in found.values())
 
 
-def test_a_race_lets_finalists_correct_what_the_part_got_wrong():
-    seeds = range(8)
-    expected = [search(Judge(seed))[0] for seed in seeds]
-    alone = [search(Judge(seed, noise=0.5), race=0.25, finalists=1)[0] for seed in seeds]
-    corrected = [search(Judge(seed, noise=0.5), race=0.25, finalists=4)[0] for seed in seeds]
-    all_of_them = [search(Judge(seed, noise=0.5), race=0.25, finalists=9)[0] for seed in seeds]
-    right = [sum(map(dict.__eq__, found, expected)) for found in (alone, corrected, all_of_them)]
-    assert right[0] < right[1] <= right[2] == len(seeds)
+def test_less_risk_means_more_work_and_more_of_the_same_widths():
+    """Errors are as large as the differences between candidates."""
+    seeds = range(12)
+    plain = [Judge(seed, noise=0.3) for seed in seeds]
+    expected = [search(judge)[0] for judge in plain]
+    right, work = [], []
+    for risk in (0.4, 0.05, 1e-4):
+        judges = [Judge(seed, noise=0.3) for seed in seeds]
+        found = [search(judge, race=8, lazy=True, risk=risk)[0] for judge in judges]
+        right.append(sum(map(dict.__eq__, found, expected)))
+        work.append(sum(judge.work[0] for judge in judges))
+    assert right[0] < right[2]
+    assert right == sorted(right)
+    assert work == sorted(work)
+    assert work[2] < sum(judge.calls[0] for judge in plain)
+
+
+def test_candidates_that_diverge_lose_the_race():
+    class Diverging(Judge):
+        def __call__(self, widths):
+            found = super().__call__(widths)
+            return found if list(widths.values())[2] > 6 else Judgement(float("nan"), float("nan"), None)
+
+        def at(self, span):
+            part = Diverging(self.seed, self.noise, span)
+            part.work, part.calls = self.work, self.calls
+            return part
+
+    for options in ({}, {"lazy": True}, {"race": 8}, {"lazy": True, "race": 8}):
+        found, trials = search(Diverging(0, noise=0.1), **options)
+        assert list(found.values())[2] in (6, 7, 8), options
+        assert parse_budget("0.4x", graph()).fits(graph(), found)
+        assert sum(not np.isfinite(t.score) for t in trials) <= len(trials) - 5
+
+
+def test_a_race_is_as_good_a_judge_as_its_statistics():
+    """Over many draws, what a round estimates from a part is right on average, with the spread that it states."""
+    rng = np.random.default_rng(0)
+    scores = []
+    for _ in range(400):
+        race = Race(8, True, 0.05)
+        race.start(0.0, 0, 8)
+        race.changes = list(rng.normal(0.1, 0.3, size=60))
+        race.spreads["known"] = [0.25] * 60
+        old = rng.normal(1, 1, size=8)
+        race.before["a"], race.age["a"] = list(old), 1
+        new = old + rng.normal(0.1, 0.3) + rng.normal(0, 0.5, size=8)
+        race.tell(["a"], [new[:1].mean()], 0, 1)
+        race.tell(["a"], [new[1:2].mean()], 1, 2)
+        mean, variance = race._estimate("a")
+        scores.append((mean - new.mean()) / variance**0.5)
+        race.tell(["a"], [new[2:4].mean()], 2, 4)
+        race.tell(["a"], [new[4:].mean()], 4, 8)
+        assert race._estimate("a") == (pytest.approx(new.mean()), 0.0)
+    assert abs(np.mean(scores)) < 0.15
+    assert 0.85 < np.std(scores) < 1.25
 
 
 def supernet():
     return make_supernet(small_net(), "bc", graph=small_graph(), k=4)
 
 
-def test_a_part_of_the_data_is_the_first_examples_of_every_batch():
-    net, data = supernet(), [small_batch(seed) for seed in range(2)]
+def test_a_span_is_judged_on_its_own_batches_and_nothing_is_judged_twice():
+    net, data = supernet(), [small_batch(seed) for seed in range(4)]
     judge = Evaluator(net, data, F.cross_entropy, batch_size=8)
-    halves = Evaluator(net, [(x[:4], y[:4]) for x, y in data], F.cross_entropy, batch_size=4)
-    assert [n for _, _, n in judge.at(0.45).batches] == [4, 4]
-    assert judge.at(0.45)(net.space.smallest) == halves(net.space.smallest)
-    assert judge.at(1e-9).batches[0][2] == 1
-    with pytest.raises(OptionError, match="fraction=0"):
-        judge.at(0)
-    lists = Evaluator(net, [(data[0][0], list(data[0][1]))], lambda o, t: F.cross_entropy(o, torch.stack(t)))
-    with pytest.raises(OptionError, match="cannot be cut"):
-        lists.at(0.5)
+    alone = Evaluator(net, data[1:3], F.cross_entropy, batch_size=8)
+    vectors = [net.space.smallest, net.space.largest, net.space.sample(np.random.default_rng(0))]
+    middle = judge.at(Span(1, 3, 4))
+    assert [found for _, found in sorted(middle.many(vectors))] == [alone(v) for v in vectors]
+    runs = []
+    part = Evaluator._part
+    counted = pytest.MonkeyPatch()
+    counted.setattr(Evaluator, "_part", lambda self, batch, run: runs.append(batch) or part(self, batch, run))
+    try:
+        whole = judge(vectors[0])
+        assert len(runs) == 2 * len(net.paths(vectors[0]))
+    finally:
+        counted.undo()
+    assert whole == Evaluator(net, data, F.cross_entropy, batch_size=8)(vectors[0])
+    assert [len(judge.at(Span(i, i + 1, 3)).batches) for i in range(3)] == [1, 1, 2]
+
+
+def test_parts_make_batches_smaller_or_are_refused():
+    net, data = supernet(), [small_batch(seed) for seed in range(2)]
+    assert [n for _, _, n in Evaluator(net, data, F.cross_entropy, parts=5).batches] == [4, 3, 3, 3, 3]
+    with pytest.raises(DataError, match="17 parts of the held-out data need as many batches; here are 16"):
+        Evaluator(net, data, F.cross_entropy, parts=17)
+    judge = Evaluator(net, data, F.cross_entropy)
+    with pytest.raises(OptionError, match="2 parts of the held-out data need as many batches; here are 1"):
+        judge.at(Span(0, 1, 2))
+    with pytest.raises(OptionError, match="span="):
+        judge.at(Span(1, 1, 1))
 
 
 def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
-    options = {"loss": F.cross_entropy, "progress": False, "lazy": True, "race": 0.5, "finalists": 2}
+    options = {"loss": F.cross_entropy, "progress": False, "lazy": True, "race": 4}
     options["score_model"] = None
     data = [small_batch(seed) for seed in range(2)]
     expected = whole_search(supernet(), data, "0.5x", out=tmp_path / "whole", **options)
@@ -127,14 +197,14 @@ def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         whole_search(supernet(), data, "0.5x", out=tmp_path / "cut", on_trial=stop, **options)
     journal = (tmp_path / "whole" / "search-journal.jsonl").read_text()
-    assert "fraction" in journal
+    assert "span" in journal
     assert journal.startswith((tmp_path / "cut" / "search-journal.jsonl").read_text())
     assert whole_search(supernet(), data, "0.5x", out=tmp_path / "cut", resume=True, **options) == expected
     assert (tmp_path / "cut" / "search-journal.jsonl").read_text() == journal
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"race": 0}, "race=0"), ({"finalists": 0}, "finalists=0"), ({"caution": 2}, "caution=2")]
+    ("options", "message"), [({"race": 0}, "race=0"), ({"race": 2.5}, "race=2.5"), ({"risk": 1}, "risk=1")]
 )
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(OptionError, match=message):

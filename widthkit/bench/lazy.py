@@ -3,140 +3,180 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch.utils.data import Subset
 
 from widthkit.bench.files import write
 from widthkit.bench.small import MODELS
 from widthkit.budget import parse_budget
+from widthkit.errors import OptionError
 from widthkit.models import create_model
 from widthkit.search.build import make_searcher
-from widthkit.search.evaluator import Evaluator, Judgement
+from widthkit.search.evaluator import Evaluator
 from widthkit.search.journal import Journal
 from widthkit.search.loop import run_loop
 from widthkit.supernet import Supernet, make_supernet
-from widthkit.train import load_data, make_loader, train
+from widthkit.train import DataSplits, load_data, make_loader, train
 from widthkit.train.losses import cross_entropy
 
+PARTS = 16
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "lazy": {"lazy": True},
-    "lazy, cautious": {"lazy": True, "caution": 1.0},
-    "race": {"race": 0.25},
-    "lazy race": {"lazy": True, "race": 0.25},
+    "lazy": {"lazy": True, "risk": 0.02},
+    "race": {"race": PARTS},
+    "lazy race": {"lazy": True, "race": PARTS},
+    "lazy race, bold": {"lazy": True, "race": PARTS, "risk": 0.1},
 }
+OTHER = "plain, other images"
+"""The yardstick: what the plain loop decides on as many other held-out images."""
 
 
-class _Counted:
-    """Passes on to an evaluator and counts examples times MACs."""
+class _Counting(Evaluator):
+    """Counts examples times MACs of what it computes, for supernets with one path."""
 
-    def __init__(self, judge: Evaluator, net: Supernet, work: dict[str, float]) -> None:
-        self._judge, self._net, self.work = judge, net, work
-        self._examples = sum(n for _, _, n in judge.batches)
+    work: dict[str, float]
 
-    def at(self, fraction: float) -> _Counted:
-        return _Counted(self._judge.at(fraction), self._net, self.work)
+    def _judge(self, units: Any, name: Any, path: int) -> Any:
+        fresh = [
+            n for i, (_, _, n) in zip(self._numbers, self.batches, strict=True) if (name, path, i) not in self._parts
+        ]
+        self._count(dict(name), sum(fresh))
+        return super()._judge(units, name, path)
 
-    def order(self, vectors: Any) -> list[int]:
-        return self._judge.order(vectors)
+    def _fill(self, sharing: Any, who: int, widths: Mapping[str, int], path: int, batch: int) -> bool:
+        self._count(widths, self.batches[batch - self._numbers[0]][2])
+        return super()._fill(sharing, who, widths, path, batch)
 
-    def many(self, vectors: Any) -> Any:
-        for widths in vectors:
-            self.work["networks"] += 1
-            self.work["macs"] += self._examples * self._net.graph.macs(widths)
-        return self._judge.many(vectors)
-
-    def __call__(self, widths: Mapping[str, int]) -> Judgement:
-        self.work["networks"] += 1
-        self.work["macs"] += self._examples * self._net.graph.macs(widths)
-        return self._judge(widths)
+    def _count(self, widths: Mapping[str, int], examples: int) -> None:
+        self.work["examples"] += examples
+        self.work["macs"] += examples * self.net.graph.macs(widths)
 
 
-def run(model: str, seeds: int, epochs: int, k: int, image_size: int, budget: str, out: Path | None) -> None:
-    """Train a supernet per seed on digits, search it with every set of options, and compare the final widths.
+def run(
+    model: str,
+    seeds: int,
+    epochs: int,
+    k: int,
+    image_size: int,
+    budget: str,
+    data: str,
+    data_dir: str | None,
+    limit: int | None,
+    images: int,
+    out: Path | None,
+) -> None:
+    """Train a supernet per seed, search it with every set of options, and compare the final widths.
 
-    Work is in MACs over all judged examples; what sharing saves comes on top and shows in the seconds.
+    Losses are those of images that no search has seen. Work is in MACs over all judged examples; what sharing saves
+    comes on top and shows in the seconds. The yardstick searches images of its own, and is judged on the same others.
     """
     rows: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    names = [*OPTIONS, OTHER]
     for seed in range(seeds):
-        net, judge = trained(model, seed, epochs, k, image_size)
-        found: dict[str, Any] = {}
-        for name, options in OPTIONS.items():
-            found[name] = _search(net, judge, budget, options)
-        rows.append({"seed": seed} | found)
-        for name in OPTIONS:
-            result = found[name]
-            result["same"] = result["widths"] == found["plain"]["widths"]
-            result["groups_that_differ"] = sum(w != found["plain"]["widths"][g] for g, w in result["widths"].items())
-            result["loss_above_plain"] = result["loss"] - found["plain"]["loss"]
-            result["work_gain"] = found["plain"]["work"]["macs"] / result["work"]["macs"]
+        splits = load_data(data, data_dir=data_dir, image_size=image_size, in_channels=3, seed=seed, limit=limit)
+        net = trained(model, splits, seed, epochs, k, image_size)
+        judge, other, fresh = _judges(net, splits, images)
+        found: dict[str, Any] = {"seed": seed}
+        for name in names:
+            result = _search(net, other if name == OTHER else judge, budget, OPTIONS.get(name, {}))
+            result["fresh_loss"] = fresh(result["widths"]).loss
+            plain = found.setdefault("plain", result)
+            result["same"] = result["widths"] == plain["widths"]
+            result["groups_that_differ"] = sum(w != plain["widths"][g] for g, w in result["widths"].items())
+            result["loss_above_plain"] = result["fresh_loss"] - plain["fresh_loss"]
+            result["work_gain"] = plain["work"]["macs"] / result["work"]["macs"]
+            found[name] = result
             Console().print(
-                f"seed {seed}, {name}: {result['work']['networks']} networks, {result['work_gain']:.1f}x less work, "
-                f"{result['seconds']:.1f} s, loss {result['loss']:.4f} ({result['loss_above_plain']:+.4f}), "
+                f"seed {seed}, {name}: {result['work_gain']:.1f}x less work, {result['process_seconds']:.1f} s, loss "
+                f"{result['fresh_loss']:.4f} ({result['loss_above_plain']:+.4f}), "
                 f"{result['groups_that_differ']} groups differ",
                 highlight=False,
             )
-        summary = {
-            name: {
-                "same": sum(row[name]["same"] for row in rows),
-                "of": len(rows),
-                "groups_that_differ": float(np.mean([row[name]["groups_that_differ"] for row in rows])),
-                "loss_above_plain": float(np.mean([row[name]["loss_above_plain"] for row in rows])),
-                "work_gain": float(np.median([row[name]["work_gain"] for row in rows])),
-            }
-            for name in OPTIONS
-        }
+        rows.append(found)
+        summary = {name: _summary([row[name] for row in rows]) for name in names}
         settings: dict[str, Any] = {
             "model": model,
+            "data": data,
+            "limit": limit,
+            "images": images,
             "epochs": epochs,
             "k": k,
             "image_size": image_size,
             "budget": budget,
+            "groups": len(net.space.names),
         }
         write(out, "lazy", rows, summary=summary, options=OPTIONS, **settings)
     for name, line in summary.items():
         Console().print(f"{name}: {line}", highlight=False)
 
 
-def trained(model: str, seed: int, epochs: int, k: int, image_size: int) -> tuple[Supernet, Evaluator]:
-    """Train a supernet on digits; its evaluator holds the validation part.
+def _summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    above = [r["loss_above_plain"] for r in results]
+    return {
+        "same": sum(r["same"] for r in results),
+        "of": len(results),
+        "groups_that_differ": float(np.mean([r["groups_that_differ"] for r in results])),
+        "loss_above_plain": float(np.mean(above)),
+        "standard_error": float(np.std(above, ddof=1) / len(above) ** 0.5) if len(above) > 1 else None,
+        "work_gain": float(np.median([r["work_gain"] for r in results])),
+        "process_seconds": float(np.median([r["process_seconds"] for r in results])),
+    }
+
+
+def trained(model: str, splits: DataSplits, seed: int, epochs: int, k: int, image_size: int) -> Supernet:
+    """Train a supernet.
 
     Args:
         model: One of :data:`widthkit.bench.small.MODELS`, or a model that takes ``width_mult``.
-        seed: Seeds data, weights and training.
+        splits: The data.
+        seed: Seeds weights and training.
         epochs: Epochs of training.
         k: Choices per group.
         image_size: Pixels.
     """
-    data = load_data("digits", image_size=image_size, in_channels=3, seed=seed)
     torch.manual_seed(seed)
-    dense = MODELS[model]() if model in MODELS else create_model(model, num_classes=data.num_classes, width_mult=0.25)
+    dense = MODELS[model]() if model in MODELS else create_model(model, num_classes=splits.num_classes, width_mult=0.25)
     net = make_supernet(dense, "ua", example_inputs=(1, 3, image_size, image_size), k=k, min_width="0.25x", seed=seed)
-    loader = make_loader(data.train, 64, train=True, seed=seed)
+    loader = make_loader(splits.train, 64, train=True, seed=seed)
     train(net, loader, epochs, lr=0.05, seed=seed, progress=False, clip_grad=5.0)
-    return net, Evaluator(net, make_loader(data.valid, 512, train=False), cross_entropy())
+    return net
 
 
-def _search(net: Supernet, judge: Evaluator, budget: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _judges(net: Supernet, splits: DataSplits, images: int) -> tuple[_Counting, _Counting, Evaluator]:
+    """Two evaluators on different held-out images, and one on test images, all in batches of the same size."""
+    held_out = sum(len(targets) for _, targets in make_loader(splits.valid, 512, train=False))
+    if 2 * images > held_out:
+        raise OptionError(f"images={images}: two searches need twice as many held-out images; here are {held_out}")
+    searched = [Subset(splits.valid, range(start, start + images)) for start in (0, images)]
+    ours, others = (
+        _Counting(net, make_loader(part, 512, train=False), cross_entropy(), parts=PARTS) for part in searched
+    )
+    size = max(n for _, _, n in ours.batches)
+    return ours, others, Evaluator(net, make_loader(splits.test, 512, train=False), cross_entropy(), batch_size=size)
+
+
+def _search(net: Supernet, judge: _Counting, budget: str, options: Mapping[str, Any]) -> dict[str, Any]:
     limit = parse_budget(budget, net.graph)
     engine = make_searcher("greedy", net, limit, np.random.default_rng(0), options)
-    counted = _Counted(judge, net, {"networks": 0, "macs": 0})
-    start = time.perf_counter(), time.process_time()
-    trials = run_loop(engine, net.graph, counted, Journal(None, ""), {})
-    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    inside = [t for t in trials if limit.fits(net.graph, t.widths)]
-    best = max(inside, key=lambda t: t.score)
+    judge.work = {"examples": 0, "macs": 0}
+    judge._spans.clear()
+    start = time.process_time()
+    trials = run_loop(engine, net.graph, judge, Journal(None, ""), {})
+    seconds = time.process_time() - start
+    # Where the steps led, not the luckiest candidate on the way.
+    end = engine.state_dict()["now"]
+    best = next(t for t in reversed(trials) if t.widths == end)
     return {
         "widths": best.widths,
         "loss": best.loss,
         "accuracy": best.accuracy,
-        "work": counted.work,
-        "seconds": seconds[0],
-        "process_seconds": seconds[1],
-        "examples": counted._examples,
+        "work": dict(judge.work),
+        "process_seconds": seconds,
     }

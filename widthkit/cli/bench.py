@@ -206,14 +206,18 @@ def bench_lazy(
     model: Annotated[str, typer.Option(help="small-resnet, small-mobilenetv2, or a model with width_mult")] = (
         "small-mobilenetv2"
     ),
+    data: Annotated[str, typer.Option(help="Data set, as in train")] = "fashion-mnist",
+    data_dir: DataDir = None,
+    limit: Annotated[int | None, typer.Option(help="Most images per part of the data")] = 6000,
+    images: Annotated[int, typer.Option(help="Held-out images of a search")] = 2048,
     seeds: Annotated[int, typer.Option(help="Supernets")] = 10,
-    epochs: Annotated[int, typer.Option(help="Epochs of each")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each")] = 5,
     k: Annotated[int, typer.Option(help="Choices per group")] = 4,
     image_size: Annotated[int, typer.Option(help="Image size")] = 16,
     budget: Annotated[str, typer.Option(help="Budget of the searches")] = "0.5x",
     out: JsonFile = None,
 ) -> None:
-    """Compare greedy's lazy rounds and races with the plain loop: work, and whether the final widths are the same."""
+    """Compare greedy's lazy rounds and races with the plain loop: work, widths, and loss on fresh images."""
     from widthkit.bench.lazy import run
 
-    run(model, seeds, epochs, k, image_size, budget, out)
+    run(model, seeds, epochs, k, image_size, budget, data, data_dir, limit, images, out)

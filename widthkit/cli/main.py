@@ -98,8 +98,8 @@ def with_flags(line: str) -> str:
 
     >>> with_flags("mixed_precision='fp16' cannot be used on a CPU; lower min_width")
     "--precision 'fp16' cannot be used on a CPU; lower --min-width"
-    >>> with_flags("caution=2: a share from 0 to 1")
-    'caution=2: a share from 0 to 1'
+    >>> with_flags("risk=2: a probability above 0 and below 1")
+    'risk=2: a probability above 0 and below 1'
     >>> with_flags("there is no folder /data/seed=3/lr=0.1; 'dbc' has k=, seed=")
     "there is no folder /data/seed=3/lr=0.1; 'dbc' has k=, seed="
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from widthkit.errors import DataError, OptionError, PluginError
+from widthkit.search.searcher import Span
 from widthkit.search.sharing import (
     Sharing,
     generator_states,
@@ -61,7 +61,6 @@ class Piece:
         batch: Which batch.
         loss: Mean loss over the batch.
         accuracy: As in :class:`Judgement`.
-        fraction: Share of every batch that was used.
     """
 
     widths: Name
@@ -69,7 +68,6 @@ class Piece:
     batch: int
     loss: float
     accuracy: float | None
-    fraction: float = 1.0
 
 
 class Evaluator:
@@ -83,6 +81,7 @@ class Evaluator:
         loader: Held-out batches ``(inputs, targets)``.
         loss: The criterion.
         batch_size: Examples per forward pass; batch statistics want many (2,048 in the papers).
+        parts: At least so many batches, for searchers that ask about parts of the data; batches are then smaller.
         device: Where to run; the supernet moves there. Its own device by default.
         training: Run in training mode, for models that return their losses only then, such as detectors. What they
             draw at random is the same for every width vector.
@@ -95,7 +94,7 @@ class Evaluator:
         kept_bytes: The most that was ever kept.
 
     Raises:
-        DataError: If the loader has no batch.
+        DataError: If the loader has no batch, or too few for the parts.
         OptionError: If the batch size is not positive, or the device is not there.
     """
 
@@ -106,6 +105,7 @@ class Evaluator:
         loss: Loss,
         *,
         batch_size: int = 2048,
+        parts: int = 1,
         device: Any = None,
         training: bool = False,
         memory: str | int = "2GB",
@@ -122,17 +122,17 @@ class Evaluator:
         self.kept_bytes = 0
         self.device = checked_device(device) or model_device(net)
         net.to(self.device)
-        self.batches = _rebatch(loader, batch_size, self.device)
+        self.batches = _rebatch(loader, batch_size, self.device, parts)
+        self._numbers: Sequence[int] = range(len(self.batches))
         self._parts: dict[Key, Part] = {}
-        self._fraction = 1.0
-        self._fractions: dict[float, Evaluator] = {}
+        self._whole: Evaluator | None = None
+        self._spans: dict[Span, Evaluator] = {}
 
     def __call__(self, widths: Mapping[str, int]) -> Judgement:
         """Judge one width vector on all its paths."""
         scores, losses, accuracies = [], [], []
         for path, units in enumerate(self.net.paths(widths)):
-            done = [self._parts.get((_name(widths), path, b)) for b in range(len(self.batches))]
-            loss, top1 = self._judge(units, done)
+            loss, top1 = self._judge(units, _name(widths), path)
             scores.append(-loss)
             losses.append(loss)
             accuracies.append(top1)
@@ -183,51 +183,60 @@ class Evaluator:
                     left.sort()
             place = left.pop(0)
             yield place, self(vectors[place])
-            for key in [k for k in self._parts if k[0] == _name(vectors[place])]:
-                del self._parts[key]
-        if vectors:
+            if self._whole is None:
+                for key in [k for k in self._parts if k[0] == _name(vectors[place])]:
+                    del self._parts[key]
+        if vectors and self._whole is None:
             self._parts.clear()
 
     def recall(self, pieces: Iterable[Piece]) -> None:
         """Take over what an interrupted round had found out; the next round does not compute it again."""
         for piece in pieces:
-            judge = self.at(piece.fraction)
-            judge._parts[piece.widths, piece.path, piece.batch] = piece.loss, piece.accuracy
+            self._parts[piece.widths, piece.path, piece.batch] = piece.loss, piece.accuracy
 
     def order(self, vectors: Sequence[Mapping[str, int]]) -> list[int]:
         """Return the places of width vectors in the order in which :meth:`many` judges them."""
         return sharing_order(self.net, vectors) if self._shares(vectors) else list(range(len(vectors)))
 
-    def at(self, fraction: float) -> Evaluator:
-        """Return an evaluator that judges on the first examples of every batch.
+    def at(self, span: Span) -> Evaluator:
+        """Return an evaluator that judges on a part of the data, in whole batches.
+
+        What it finds out need not be computed again when the same width vector is judged on all of the data, until
+        then or until other vectors are.
 
         Args:
-            fraction: Share of the examples, above 0 and up to 1; at least one of every batch is used.
+            span: Which parts; of equally many batches as far as possible.
 
         Raises:
-            OptionError: If the fraction is out of range, or a batch is no tensor and cannot be cut.
+            OptionError: If there are fewer batches than parts, or the span is empty.
         """
-        if not 0 < fraction <= 1:
-            raise OptionError(f"fraction={fraction}: a share of the held-out examples above 0 and up to 1")
-        if fraction == self._fraction:
-            return self
-        if fraction not in self._fractions:
+        start, stop, of = span
+        n = len(self.batches)
+        if not 0 <= start < stop <= of:
+            raise OptionError(f"span={tuple(span)}: parts from one number up to a larger one, of so many in all")
+        if of > n:
+            raise OptionError(f"{of} parts of the held-out data need as many batches; here are {n}")
+        if span not in self._spans:
             part = copy.copy(self)
-            part._fraction = fraction
-            part.batches = [_cut(batch, math.ceil(fraction * batch[2])) for batch in self.batches]
-            part._parts = {}
-            self._fractions[fraction] = part
-        return self._fractions[fraction]
+            part._numbers = range(n * start // of, n * stop // of)
+            part.batches = [self.batches[number] for number in part._numbers]
+            part._whole = self
+            self._spans[span] = part
+        return self._spans[span]
 
     def _shares(self, vectors: Sequence[Any]) -> bool:
         # A network that merges runs its branches whole, with units taken away where they are read: nothing is sliced.
         return self.share and not self.training and not self.unshared and not self.net.merges and len(vectors) > 1
 
-    def _judge(self, units: Any, done: Sequence[Part | None] = ()) -> tuple[float, float | None]:
-        parts = [
-            (done[b] if done else None) or self._part(batch, lambda inputs: self.net.run(units, inputs))
-            for b, batch in enumerate(self.batches)
-        ]
+    def _judge(self, units: Any, name: Name, path: int) -> tuple[float, float | None]:
+        parts = []
+        for number, batch in zip(self._numbers, self.batches, strict=True):
+            part = self._parts.get((name, path, number))
+            if part is None:
+                part = self._part(batch, lambda inputs: self.net.run(units, inputs))
+                if self._whole is not None:
+                    self._parts[name, path, number] = part
+            parts.append(part)
         total, correct, seen = 0.0, 0.0, 0
         for (loss, top1), (_, _, n) in zip(parts, self.batches, strict=True):
             total += loss * n
@@ -249,7 +258,7 @@ class Evaluator:
         that lacks them is judged when that wave has come to it; what is known of it by then is yielded.
         """
         sharing = Sharing(self.net, vectors, self.memory)
-        pairs = [(p, b) for p in range(max(sharing.n_paths)) for b in range(len(self.batches))]
+        pairs = [(p, b) for p in range(max(sharing.n_paths)) for b in self._numbers]
         done = dict.fromkeys(pairs, 0)
         judged = 0
         put_off = pairs
@@ -281,13 +290,14 @@ class Evaluator:
     def _pieces(self, widths: Mapping[str, int], pairs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
         for path, batch in pairs:
             name = _name(widths)
-            yield Piece(name, path, batch, *self._parts[name, path, batch], self._fraction)
+            yield Piece(name, path, batch, *self._parts[name, path, batch])
 
     def _fill(self, sharing: Sharing, who: int, widths: Mapping[str, int], path: int, batch: int) -> bool:
         """Run one vector on one path and batch; ``False`` if that cannot be shared, and then nothing has changed."""
         before = generator_states(self.device)
         try:
-            part = self._part(self.batches[batch], lambda inputs: sharing.run(who, path, batch, inputs))
+            inputs_and_targets = self.batches[batch - self._numbers[0]]
+            part = self._part(inputs_and_targets, lambda inputs: sharing.run(who, path, batch, inputs))
             if same_states(before, generator_states(self.device)):
                 self._parts[_name(widths), path, batch] = part
                 return True
@@ -303,23 +313,7 @@ def _name(widths: Mapping[str, int]) -> Name:
     return tuple(sorted(widths.items()))
 
 
-def _cut(batch: Batch, n: int) -> Batch:
-    """Return the first ``n`` examples of a batch."""
-    inputs, targets, size = batch
-    if n == size:
-        return batch
-    tensors = [t for t in tree_leaves((inputs, targets)) if isinstance(t, Tensor)]
-    if not tensors or any(t.ndim == 0 or len(t) != size for t in tensors) or not _only_tensors(batch[:2]):
-        raise OptionError("these held-out batches cannot be cut; judge on all of the data, or give batches of tensors")
-    inputs, targets = tree_map_only(Tensor, lambda t: t[:n], (inputs, targets))
-    return inputs, targets, n
-
-
-def _only_tensors(tree: Any) -> bool:
-    return all(isinstance(leaf, Tensor) for leaf in tree_leaves(tree))
-
-
-def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device) -> list[Batch]:
+def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device, parts: int = 1) -> list[Batch]:
     """Join small batches of equally shaped tensors into large ones; batches of other kinds stay as they come."""
     batches: list[Batch] = []
     pending: dict[Any, list[tuple[Tensor, Tensor]]] = {}
@@ -340,9 +334,11 @@ def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device) -> li
         if not len(inputs):
             continue
         # Equal parts, so that no small remainder gets batch statistics of its own.
-        n_parts = -(-len(inputs) // batch_size)
+        n_parts = min(len(inputs), max(parts, -(-len(inputs) // batch_size)))
         for x, y in zip(inputs.tensor_split(n_parts), targets.tensor_split(n_parts), strict=True):
             batches.append((x, y, len(x)))
     if not batches:
         raise DataError("the held-out loader has no batch; check the data set's size and drop_last")
+    if len(batches) < parts:
+        raise DataError(f"{parts} parts of the held-out data need as many batches; here are {len(batches)}")
     return batches

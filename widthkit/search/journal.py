@@ -131,7 +131,6 @@ def _piece(line: Mapping[str, Any]) -> Piece:
         int(line["batch"]),
         float(line["loss"]),
         None if accuracy is None else float(accuracy),
-        float(line["fraction"]),
     )
 
 

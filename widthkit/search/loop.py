@@ -12,7 +12,7 @@ from widthkit.search.evaluator import Judgement, Piece
 from widthkit.search.journal import Journal
 from widthkit.search.result import Trial
 from widthkit.search.rounds import judge_round
-from widthkit.search.searcher import Searcher
+from widthkit.search.searcher import Searcher, Span
 
 
 def run_loop(
@@ -50,17 +50,17 @@ def run_loop(
         asked = engine.ask()
         if not asked:
             break
-        fraction = engine.fraction
+        span = engine.span
         vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
-        keys = [key_of(widths, fraction) for widths in vectors]
-        shown = watchers if fraction == 1 else ()
+        keys = [key_of(widths, span) for widths in vectors]
+        shown = watchers if span is None else ()
         for key, widths in zip(keys, vectors, strict=True):
             if key in known:
                 show(shown, trial_of(graph, widths, known[key]))
-        part = judge if fraction == 1 else judge.at(fraction)
+        part = judge if span is None else judge.at(span)
         for widths, found in judge_new(part, dict(zip(keys, vectors, strict=True)), journal, known):
             show(shown, trial_of(graph, widths, found))
-        if fraction == 1:
+        if span is None:
             trials += [trial_of(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
         scores = [known[key].score for key in keys]
         engine.tell(asked, [score if math.isfinite(score) else -math.inf for score in scores])
@@ -95,9 +95,9 @@ def judge_new(
         journal.end_round()
 
 
-def key_of(widths: Mapping[str, int], fraction: float = 1.0) -> str:
+def key_of(widths: Mapping[str, int], span: Span | None = None) -> str:
     """Name a judgement in the journal."""
-    return json.dumps(widths if fraction == 1 else {"fraction": fraction, "widths": widths}, sort_keys=True)
+    return json.dumps(widths if span is None else {"span": list(span), "widths": widths}, sort_keys=True)
 
 
 def trial_of(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:

@@ -116,7 +116,18 @@ def search(
                 f"calibrate={calibrate}: stand-alone trainings run in one process, here are {processes()}; search "
                 "without torchrun, or without calibrate"
             )
-        judge = Evaluator(net, loader, criterion, batch_size=batch_size, device=place, training=training, memory=memory)
+        # A score model judges whole networks: parts would only spoil the statistics of its batches.
+        parts = engine.parts if guidance is None else 1
+        judge = Evaluator(
+            net,
+            loader,
+            criterion,
+            batch_size=batch_size,
+            parts=parts,
+            device=place,
+            training=training,
+            memory=memory,
+        )
         broadcast_module(net)
         if chosen is not None:
             result = chosen_result(net, limit, judge, chosen, settings)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,14 @@ from widthkit.registry import Registry
 from widthkit.space import SearchSpace
 
 WidthVector = dict[str, int]
+
+
+class Span(NamedTuple):
+    """Some of the held-out data: of ``of`` equal parts those from ``start`` up to ``stop``."""
+
+    start: int
+    stop: int
+    of: int
 
 
 class Searcher(ABC):
@@ -40,13 +48,18 @@ class Searcher(ABC):
         """Propose the next widths to judge; an empty list when the search is done."""
 
     @property
-    def fraction(self) -> float:
-        """Share of the held-out examples, above 0 and up to 1, on which what was asked last is to be judged.
+    def parts(self) -> int:
+        """Into how many equal parts, of whole batches, the held-out data must be divisible; read once, at the start."""
+        return 1
+
+    @property
+    def span(self) -> Span | None:
+        """The part of the held-out data on which what was asked last is to be judged; ``None`` is all of it.
 
         It is read after every :meth:`ask`. Judgements on a part are told like others, but are no trials of the result:
         scores on different parts do not compare.
         """
-        return 1.0
+        return None
 
     @abstractmethod
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:

@@ -1,0 +1,204 @@
+"""Find the least of several losses that are measured part by part, from what earlier rounds said of them.
+
+In a round of greedy slimming every candidate has a loss on each of several equal parts of the held-out data: how much
+worse than the network it is a step from. Rounds resemble one another, so what a candidate lost in the last round
+foretells its loss in this one, as a control variate (Lavenberg and Welch, Management Science 1981): only the change has
+to be measured, and changes vary less from part to part than losses do. A round goes on until no candidate is likelier
+than ``risk`` to be better than the leader, who is then known on all parts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm
+
+_REMEMBERED = 60
+"""So many changes, and so many spreads, say what to expect of the next."""
+_ENOUGH = 5
+"""From so few nothing is expected yet."""
+_PRIOR = 4.0
+"""As many degrees of freedom the spread of earlier rounds has beside a candidate's own."""
+_STATE = ("level", "before", "age", "now", "changes", "spreads")
+
+
+@dataclass
+class Race:
+    """The rounds of one search.
+
+    Args:
+        parts: How many parts there are.
+        lazy: Start from what earlier rounds said; otherwise everyone is measured on the first part at least.
+        risk: Most probability of being the best with which a candidate is left behind.
+        together: How many candidates are measured at a time.
+    """
+
+    parts: int
+    lazy: bool
+    risk: float
+    together: int = 2
+    level: list[float] = field(default_factory=list)
+    before: dict[str, list[float]] = field(default_factory=dict)
+    age: dict[str, int] = field(default_factory=dict)
+    now: dict[str, list[list[float]]] = field(default_factory=dict)
+    changes: list[float] = field(default_factory=list)
+    spreads: dict[str, list[float]] = field(default_factory=lambda: {"known": [], "new": []})
+
+    def ask(self, names: Sequence[str]) -> tuple[list[str], int, int]:
+        """Return whom to measure next, from which part and up to which; nobody once the round is decided.
+
+        Args:
+            names: All candidates of the round, in an order that breaks ties.
+        """
+        found = {name: self._estimate(name) for name in names}
+        unknown = [name for name in names if math.isinf(found[name][1])]
+        if unknown:
+            return self._next(unknown)
+        leader = min(names, key=lambda name: found[name][0])
+        likely = {name: _probability(found[leader], found[name]) for name in names if name != leader}
+        likely = {name: p for name, p in likely.items() if p >= self.risk} | {leader: 1.0}
+        order = sorted((n for n in likely if self._done(n) < self.parts), key=lambda n: (-likely[n], names.index(n)))
+        asked, start, stop = self._next(order)
+        return sorted(asked[: self.together], key=names.index), start, stop
+
+    def _next(self, order: Sequence[str]) -> tuple[list[str], int, int]:
+        """Return those of whom the least is known, and as many parts again as are known of them."""
+        if not order:
+            return [], 0, 0
+        start, stop = self.stretch(min(self._done(name) for name in order))
+        return [name for name in order if self._done(name) == start], start, stop
+
+    def stretch(self, start: int) -> tuple[int, int]:
+        """Return from which part to which to go on: as many again as are known."""
+        return start, min(self.parts, max(1, 2 * start))
+
+    def start(self, loss: float, start: int, stop: int) -> None:
+        """Take in the first network's mean loss on some parts."""
+        self.level += [loss] * (stop - start)
+
+    def tell(self, names: Sequence[str], losses: Sequence[float], start: int, stop: int) -> None:
+        """Take in mean losses of candidates on some parts; one that is not finite loses the round."""
+        level = float(np.mean(self.level[start:stop]))
+        for name, loss in zip(names, losses, strict=True):
+            more = loss - level
+            chunk = [float(start), float(stop), more if math.isfinite(more) else math.inf]
+            self.now.setdefault(name, []).append(chunk)
+
+    def best(self, names: Sequence[str]) -> str:
+        """Return the winner of a decided round."""
+        return min(
+            (n for n in names if self._done(n) == self.parts), key=lambda n: (self._estimate(n)[0], names.index(n))
+        )
+
+    def end(self, names: Sequence[str], winner: str) -> None:
+        """Keep what the round said for the next; the winner has other steps now."""
+        for name in names:
+            if name in self.now:
+                self._remember(name)
+            elif name in self.age:
+                self.age[name] += 1
+        if winner in self.before:
+            self.level = [a + b for a, b in zip(self.level, self.before.pop(winner), strict=True)]
+            del self.age[winner]
+        self.now = {}
+
+    def _remember(self, name: str) -> None:
+        chunks = self.now[name]
+        old = self.before.get(name)
+        change = self._change(name)
+        if not math.isfinite(change):
+            self.before.pop(name, None)
+            self.age.pop(name, None)
+            return
+        if len(chunks) > 1:
+            self._note(self.spreads["new" if old is None else "known"], self._own_spread(name))
+        if old is not None and self._done(name) == self.parts:
+            self._note(self.changes, change)
+        values = [(0.0 if old is None else old[part]) + change for part in range(self.parts)]
+        for start, stop, loss in chunks:
+            # Parts that were measured together keep their differences, and their mean becomes the measured one.
+            span = range(int(start), int(stop))
+            shift = loss - float(np.mean([values[part] for part in span]))
+            for part in span:
+                values[part] += shift
+        self.before[name] = values
+        self.age[name] = 1 if self._done(name) == self.parts else 2
+
+    @staticmethod
+    def _note(list_: list[float], value: float) -> None:
+        list_.append(value)
+        del list_[:-_REMEMBERED]
+
+    def _done(self, name: str) -> int:
+        return int(self.now[name][-1][1]) if name in self.now else 0
+
+    def _old(self, name: str, start: int, stop: int) -> float:
+        return float(np.mean(self.before[name][start:stop])) if name in self.before else 0.0
+
+    def _residuals(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Sizes of the chunks measured so far, and by how much they differ from before."""
+        chunks = self.now[name]
+        sizes = np.array([stop - start for start, stop, _ in chunks])
+        return sizes, np.array([loss - self._old(name, int(a), int(b)) for a, b, loss in chunks])
+
+    def _change(self, name: str) -> float:
+        sizes, residuals = self._residuals(name)
+        return float((sizes * residuals).sum() / sizes.sum())
+
+    def _own_spread(self, name: str) -> float:
+        """Estimate the variance of one part's residual from chunks of several parts."""
+        sizes, residuals = self._residuals(name)
+        mean = (sizes * residuals).sum() / sizes.sum()
+        return float((sizes * (residuals - mean) ** 2).sum() / (len(sizes) - 1))
+
+    def _spread(self, name: str) -> float:
+        past = self.spreads["known" if name in self.before else "new"]
+        free = len(self.now[name]) - 1
+        own = self._own_spread(name) if free else 0.0
+        if len(past) >= _ENOUGH:
+            return (_PRIOR * float(np.mean(past)) + free * own) / (_PRIOR + free)
+        return own if free else math.inf
+
+    def _estimate(self, name: str) -> tuple[float, float]:
+        """Return mean and variance of a candidate's loss on all parts."""
+        old = self._old(name, 0, self.parts)
+        known = len(self.changes) >= _ENOUGH and self.lazy and name in self.before
+        drift = float(np.mean(self.changes)) if known else 0.0
+        prior = self.age[name] * float(np.var(self.changes)) if known else math.inf
+        done = self._done(name)
+        if done == 0:
+            return (old + drift, prior) if known else (-math.inf, math.inf)
+        change = self._change(name)
+        if not math.isfinite(change):
+            return math.inf, 0.0
+        if done == self.parts:
+            return old + change, 0.0
+        error = self._spread(name) * (1 / done - 1 / self.parts)
+        if not math.isfinite(prior):
+            return old + change, error
+        if not math.isfinite(error):
+            return old + change, prior
+        weight = prior / (prior + error) if prior + error > 0 else 0.5
+        return old + drift + weight * (change - drift), prior * error / max(prior + error, 1e-300)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes from round to round, as JSON values."""
+        return copy.deepcopy({name: getattr(self, name) for name in _STATE})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for name in _STATE:
+            setattr(self, name, copy.deepcopy(state[name]))
+
+
+def _probability(leader: tuple[float, float], other: tuple[float, float]) -> float:
+    """Return the probability that another candidate's loss is less than the leader's."""
+    gap, variance = other[0] - leader[0], leader[1] + other[1]
+    if variance > 0 and math.isfinite(gap):
+        return float(norm.cdf(-gap / math.sqrt(variance)))
+    return 0.0
