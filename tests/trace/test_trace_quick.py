@@ -24,9 +24,11 @@ class _Compared(TorchDispatchMode):
         name = func.overloadpacket.__name__
         (self.slow if found is None else self.quick).add(name)
         if found is not None:
-            assert found.device.type == "meta"
-            assert (found.shape, found.dtype, found.stride()) == (out.shape, out.dtype, out.stride()), name
-            assert (found is args[0]) == (out is args[0]), name
+            pairs = list(zip(found, out, strict=True)) if isinstance(out, tuple) else [(found, out)]
+            for own, theirs in pairs:
+                assert own.device.type == "meta"
+                assert (own.shape, own.dtype, own.stride()) == (theirs.shape, theirs.dtype, theirs.stride()), name
+                assert (own is args[0]) == (theirs is args[0]), name
         return out
 
 
@@ -37,6 +39,12 @@ def empty(*shape, dtype=torch.float32):
 X, V = empty(2, 8, 5, 4), empty(8)
 TOKENS, MATRIX, BIAS = empty(2, 7, 6), empty(9, 6), empty(9)
 HEADS = empty(2, 3, 7, 4)
+
+
+def lstm(*shape, x=None, **options):
+    layer = torch.nn.LSTM(6, 5, device="meta", **options)
+    return layer(empty(*shape) if x is None else x)
+
 
 VALID = {
     "relu": lambda: F.relu(X),
@@ -75,6 +83,7 @@ VALID = {
     "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(HEADS, HEADS, empty(2, 3, 7, 5)),
     "mean": lambda: X.mean((2, 3), keepdim=True),
     "cat": lambda: torch.cat([X, X[:, :3].contiguous()], 1),
+    "lstm": lambda: lstm(3, 2, 6, num_layers=2, bidirectional=True),
 }
 
 
@@ -111,6 +120,11 @@ DOUBTFUL = {
     "one channel, channels last": lambda: torch.cat([empty(2, 1, 4, 4).to(memory_format=torch.channels_last)] * 2, 1),
     "rounded": lambda: torch.div(X, X, rounding_mode="floor"),
     "vector": lambda: F.linear(empty(6), MATRIX, BIAS),
+    "lstm, batch first": lambda: lstm(3, 2, 6, batch_first=True),
+    "lstm, one example": lambda: lstm(3, 6, bias=False),
+    "lstm, another layout": lambda: lstm(x=empty(2, 6, 4).permute(0, 2, 1), batch_first=True, bidirectional=True),
+    "lstm, projected": lambda: lstm(3, 2, 6, proj_size=2),
+    "lstm, packed": lambda: lstm(x=torch.nn.utils.rnn.PackedSequence(empty(5, 6), torch.tensor([2, 2, 1]))),
 }
 
 
@@ -140,6 +154,9 @@ WRONG = {
     "cat": lambda: torch.cat([X, empty(2, 8, 5, 3)], 1),
     "cat's dim": lambda: torch.cat([X, X], 4),
     "attention": lambda: F.scaled_dot_product_attention(HEADS, empty(2, 3, 7, 5), HEADS),
+    "lstm": lambda: torch._VF.lstm(
+        empty(3, 2, 6), [empty(1, 2, 5)] * 2, [empty(20, 7), empty(20, 5)], False, 1, 0.0, False, False, False
+    ),
     "keys and values": lambda: F.scaled_dot_product_attention(HEADS, HEADS, empty(2, 3, 6, 4)),
 }
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from topologies import ConvBN, Net, PlainChain, point, randomised
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from widthkit.errors import ModelError, TraceError
 from widthkit.export.dense import export
@@ -206,6 +207,52 @@ class Stored(nn.Module):
         return x
 
 
+class MultiQuery(nn.Module):
+    """All heads share one key and one value (Shazeer 2019), here by broadcasting; in MobileNetV4's hybrids."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 3
+        self.stem, self.q, self.kv = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 12), nn.Linear(8, 10)
+        self.proj, self.head = nn.Linear(18, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (self.num_heads, 4)).transpose(1, 2)
+        k, v = self.kv(x).unsqueeze(1).split([4, 6], -1)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head((x + self.proj(y)).mean(1))
+
+
+class GroupedQueries(MultiQuery):
+    """Two heads for every key."""
+
+    def __init__(self):
+        super().__init__()
+        self.kv, self.proj = nn.Linear(8, 20), nn.Linear(24, 8)
+        self.q, self.num_heads = nn.Linear(8, 16), 4
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (self.num_heads, 4)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 10)).transpose(1, 2).split([4, 6], -1)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+        return self.head((x + self.proj(y)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """Rows of the image as a sequence, both ways, through two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mid, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 6), nn.Linear(10, 4)
+        self.lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x):
+        x = self.mid(self.stem(x).flatten(2).transpose(1, 2))
+        return self.head(self.lstm(x)[0].mean(1))
+
+
 class Partial(Net):
     """Slices by a width that is kept as an attribute, and splits by sizes in a list."""
 
@@ -248,6 +295,9 @@ CASES = {
     Spread: {"stem.conv": 6, "mid.conv": 8},
     Heads: None,
     Stored: {f"blocks.{i}.up": 12 for i in range(4)},
+    MultiQuery: {"stem": 8, "q": 3},
+    GroupedQueries: {"stem": 8},
+    Recurrent: {"stem": 8},
     Partial: None,
     Packed: None,
 }
@@ -280,6 +330,17 @@ def test_sizes_computed_in_python_do_not_freeze(kind):
     _, _, graph = traced(kind)
     assert graph.cost.searchable_share(graph.vector()) == 1.0
     assert sum(graph.full.values()) >= 4
+
+
+@pytest.mark.parametrize("kind", [MultiQuery, GroupedQueries, Recurrent, Heads], ids=lambda k: k.__name__)
+def test_macs_are_what_pytorch_counts(kind):
+    model, (x,), graph = traced(kind)
+    rng = np.random.default_rng(0)
+    for units in ({n: np.arange(w) for n, w in graph.full.items()}, oracles.random_units(graph, rng)):
+        slim = export(model, units, graph=graph)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            slim(x)
+        assert 2 * len(x) * graph.macs({n: len(u) for n, u in units.items()}) == counter.get_total_flops()
 
 
 def test_nothing_is_mended_where_the_output_decides(monkeypatch):

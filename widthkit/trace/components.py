@@ -94,17 +94,26 @@ def _labels_of(alternatives: Sequence[Alternative]) -> Labels:
 
 
 def _best(choice: Choice, unit: Labels, why: Labels) -> int:
-    """Count the units that every alternative leaves free among all labels that the choice touches."""
-    involved = unique(unit[_labels_of(choice.alternatives)], len(why))
+    """Count the units that every alternative leaves free among all labels that the choice touches.
+
+    Only free units are joined: what meets a frozen one is stuck, and there may be millions of these.
+    """
+    is_free = why < 0
+    involved = unit[_labels_of(choice.alternatives)]
+    involved = unique(involved[is_free[involved]], len(why))
     local = _numbered(involved, len(why))
     free = []
     for alternative in choice.alternatives:
-        merged = connect(len(involved), [(local[unit[a]], local[unit[b]]) for a, b in alternative.ties])
-        stuck = np.zeros(merged.max(initial=-1) + 1, dtype=bool)
-        stuck[merged[why[involved] >= 0]] = True
-        for labels in alternative.freezes:
-            stuck[merged[local[unit[labels]]]] = True
-        free.append(int((~stuck).sum()))
+        joined, stuck = [], [unit[labels] for labels in alternative.freezes]
+        for a, b in ((unit[a], unit[b]) for a, b in alternative.ties):
+            both = is_free[a] & is_free[b]
+            joined.append((local[a[both]], local[b[both]]))
+            stuck += [a[~both], b[~both]]
+        merged = connect(len(involved), joined)
+        is_stuck = np.zeros(merged.max(initial=-1) + 1, dtype=bool)
+        for units in stuck:
+            is_stuck[merged[local[units[is_free[units]]]]] = True
+        free.append(int((~is_stuck).sum()))
     return int(np.argmax(free))
 
 

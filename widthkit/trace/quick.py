@@ -22,7 +22,7 @@ _POINTWISE = {
 Shape = tuple[int, ...]
 
 
-def quick(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def quick(func: Any, args: Any, kwargs: Any) -> Any:
     """Return what ``func(*args, **kwargs)`` would on the meta device; ``None`` where PyTorch has to be asked.
 
     >>> x = torch.empty(2, 8, 4, 4, device="meta")
@@ -177,7 +177,29 @@ def _cat(args: Any, kwargs: Any) -> Tensor | None:
     return _empty((*first.shape[:dim], sum(t.shape[dim] for t in args[0]), *first.shape[dim + 1 :]), first)
 
 
-_OTHERS: dict[str, Callable[[Any, Any], Tensor | None]] = {
+def _lstm(args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A sequence that is not packed, without projections; PyTorch runs cell by cell here."""
+    if kwargs or len(args) != 9 or not isinstance(args[1], (list, tuple)) or (args[5] and args[6]):
+        return None
+    x, (h, c), params, has_biases, layers, _, _, both_ways, batch_first = args
+    # Steps are stacked, whatever the layout of the input.
+    if x.ndim != 3 or not x.is_meta or x.dtype != h.dtype or not _plain(h, c, *params):
+        return None
+    hidden, ways = h.shape[-1], 2 if both_ways else 1
+    time, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+    if not all(x.shape) or h.shape != (layers * ways, batch, hidden) or c.shape != h.shape:
+        return None
+    expected: list[Shape] = []
+    for layer in range(layers):
+        inputs = hidden * ways if layer else x.shape[2]
+        expected += [(4 * hidden, inputs), (4 * hidden, hidden), *([(4 * hidden,)] * 2 if has_biases else [])] * ways
+    if [tuple(p.shape) for p in params] != expected:
+        return None
+    out = _empty((time, batch, hidden * ways), x)
+    return out.transpose(0, 1) if batch_first else out, _empty(tuple(h.shape), x), _empty(tuple(c.shape), x)
+
+
+_OTHERS: dict[str, Callable[[Any, Any], Any]] = {
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
     "group_norm": _group_norm,
@@ -185,4 +207,5 @@ _OTHERS: dict[str, Callable[[Any, Any], Tensor | None]] = {
     "scaled_dot_product_attention": _attention,
     "mean": _mean,
     "cat": _cat,
+    "lstm": _lstm,
 }

@@ -224,7 +224,9 @@ def _shortened(
     precise = meta_clone(model).double()
     if runs(precise, real):
         if not _casts(precise, to_device(real, "meta")):
-            tolerance = _tolerance(model.double(), real)
+            scale, tolerance = _calmed(model.double(), real)
+            if scale < 1:
+                how.append(f"weights at {scale:.1f}x, so that rounding errors do not grow")
             if tolerance > _PRECISE:
                 how.append(f"compared at {tolerance:.0e}, since rounding of its weights alone changes as much")
             return Small(model, real, ", ".join(how), tolerance=tolerance)
@@ -236,6 +238,20 @@ def _typed(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Return inputs whose floating-point tensors have another type."""
     typed: Inputs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     return typed
+
+
+def _calmed(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """Make weights smaller, in place, where errors of rounding grow; return by how much, and the tolerance then."""
+    scale = 1.0
+    tolerance = _tolerance(model, inputs)
+    while tolerance > _PRECISE and scale > 0.75:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1 and parameter.is_floating_point():
+                    parameter.mul_((scale - 0.1) / scale)
+        scale = round(scale - 0.1, 1)
+        tolerance = _tolerance(model, inputs)
+    return scale, tolerance
 
 
 def _tolerance(model: nn.Module, inputs: Inputs) -> float:

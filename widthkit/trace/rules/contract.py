@@ -98,13 +98,15 @@ def attention(ctx: OpContext) -> None:
     """Tie q with k along the head size, k with v along the tokens, and all three along the heads."""
     q, k, v = ctx.arg("query"), ctx.arg("key"), ctx.arg("value")
     batch = LETTERS[26 : 26 + q.ndim - 2]
-    if k.ndim != q.ndim or v.ndim != q.ndim or k.shape[:-2] != q.shape[:-2]:
+    if k.ndim != q.ndim or v.ndim != q.ndim or not _broadcasts(q, k):
+        # Whole groups of heads would have to go together with their keys.
         for t in (q, k, v):
             ctx.freeze_tensor(t, "groups its queries")
+        ctx.macs([(None, n) for n in (*q.shape[:-1], k.shape[-2], q.shape[-1] + v.shape[-1])])
         return
     scores = contract(ctx, [(q, f"{batch}le"), (k, f"{batch}se")])
     values = contract(ctx, [(k, f"{batch}s_"), (v, f"{batch}sf")], count=False)
-    sizes = dict(zip(f"{batch}sf", v.shape, strict=True)) | {"l": q.shape[-2]}
+    sizes = dict(zip(f"{batch}l", q.shape[:-1], strict=True)) | {"s": v.shape[-2], "f": v.shape[-1]}
     labels = {**values, **scores}
     ctx.macs([(labels.get(letter), sizes[letter]) for letter in f"{batch}lsf"])
     mask = ctx.arg("attn_mask")
@@ -113,6 +115,22 @@ def attention(ctx: OpContext) -> None:
             if mask.ndim >= back:
                 ctx.match((labels.get(letter), sizes[letter]), (ctx.dims(mask)[-back], mask.shape[-back]))
     ctx.set(ctx.out, tuple(labels.get(letter) for letter in f"{batch}lf"))
+
+
+def _broadcasts(q: Tensor, k: Tensor) -> bool:
+    """Whether keys belong to the same heads as queries, or one key to all of them (multi-query attention)."""
+    return all(n in (m, 1) for m, n in zip(q.shape[:-2], k.shape[:-2], strict=True))
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(ctx: OpContext) -> None:
+    """Keep recurrent layers whole, and count every weight matrix once per token."""
+    matrices = [t for t in ctx.arg("params") if t.ndim == 2]
+    # A packed sequence has its tokens in a row; the last dim is read by the first layer.
+    x = ctx.arg("data", ctx.arg("input"))
+    for t in ctx.tensors():
+        ctx.freeze_tensor(t, "is kept whole")
+    ctx.macs([(None, x.shape[:-1].numel()), (None, sum(t.numel() for t in matrices))])
 
 
 @rule("embedding")
