@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from widthkit.trace.labels import Alternative, Choice, Labels, LabelStore, unique
+
+_FEW = 4096
+"""Up to so many nodes and ties are joined without a sparse matrix."""
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Components:
 
 
 def connect(n: int, ties: Sequence[tuple[Labels, Labels]]) -> Labels:
-    """Return ``[n]``: the connected component of every node.
+    """Return ``[n]``: the connected component of every node, numbered by their first nodes.
 
     >>> import numpy as np
     >>> connect(4, [(np.array([0, 2]), np.array([1, 2]))]).tolist()
@@ -51,8 +54,25 @@ def connect(n: int, ties: Sequence[tuple[Labels, Labels]]) -> Labels:
         return np.arange(n, dtype=np.int64)
     rows = np.concatenate([a for a, _ in ties])
     cols = np.concatenate([b for _, b in ties])
+    if len(rows) + n < _FEW:
+        return _connect_few(n, rows, cols)
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(n, n))
     return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+
+
+def _connect_few(n: int, rows: Labels, cols: Labels) -> Labels:
+    """Hand the least number on along ties, by leaps; a fraction of what a sparse matrix costs to set up."""
+    root = np.arange(n, dtype=np.int64)
+    while True:
+        left, right = root[rows], root[cols]
+        if np.array_equal(left, right):
+            return np.unique(root, return_inverse=True)[1].astype(np.int64)
+        least = np.minimum(left, right)
+        np.minimum.at(root, left, least)
+        np.minimum.at(root, right, least)
+        leap = root[root]
+        while not np.array_equal(leap, root):
+            root, leap = leap, leap[leap]
 
 
 def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Components:
@@ -72,75 +92,107 @@ def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Compone
 def _solve(store: LabelStore, forced: Mapping[int, int]) -> Components:
     unit = connect(store.size, store.ties)
     reasons = [reason for _, reason in store.freezes]
-    why = np.full(int(unit.max()) + 1, -1, dtype=np.int64)
+    forest = _Forest(unit, np.full(int(unit.max()) + 1, -1, dtype=np.int64))
     for number in reversed(range(len(reasons))):
-        why[unit[store.freezes[number][0]]] = number
+        forest.why[unit[store.freezes[number][0]]] = number
     taken = []
     for number, choice in enumerate(store.choices):
         pick = forced.get(number)
         if pick is None:
-            pick = _best(choice, unit, why)
+            pick = _best(choice, forest)
         taken.append(pick)
-        unit = _take(choice, choice.alternatives[pick], unit, why, reasons)
-    present = np.zeros(len(why), dtype=bool)
+        _take(choice, choice.alternatives[pick], forest, reasons)
+    unit = forest.roots(np.arange(len(forest.why)))[unit]
+    present = np.zeros(len(forest.why), dtype=bool)
     present[unit] = True
-    return Components((np.cumsum(present) - 1)[unit], why[present], reasons, taken)
+    return Components((np.cumsum(present) - 1)[unit], forest.why[present], reasons, taken)
 
 
-def _labels_of(alternatives: Sequence[Alternative]) -> Labels:
-    parts = [side for alt in alternatives for tie in alt.ties for side in tie]
-    parts += [labels for alt in alternatives for labels in alt.freezes]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+class _Forest:
+    """Components that are joined one choice after another, without looking at those that a choice does not touch.
+
+    Args:
+        unit: ``[labels]``; the component of every label at the start.
+        why: ``[components]``; the index of the reason why a component is frozen, -1 for the free. That of the
+            component whose number a joined one bears counts.
+    """
+
+    def __init__(self, unit: Labels, why: Labels) -> None:
+        self.unit = unit
+        self.why = why
+        self._parent = np.arange(len(why), dtype=np.int64)
+
+    def of(self, labels: Labels) -> Labels:
+        """Return the component of every label now."""
+        return self.roots(self.unit[labels])
+
+    def roots(self, components: Labels) -> Labels:
+        """Return what components have been joined into."""
+        found = self._parent[components]
+        further = self._parent[found]
+        if not np.array_equal(found, further):
+            while not np.array_equal(found, further):
+                found, further = further, self._parent[further]
+            self._parent[components] = found
+        return found
+
+    def join(self, components: Labels, into: Labels) -> None:
+        """Let each of the components bear another one's number."""
+        self._parent[components] = into
 
 
-def _best(choice: Choice, unit: Labels, why: Labels) -> int:
+def _best(choice: Choice, forest: _Forest) -> int:
     """Count the units that every alternative leaves free among all labels that the choice touches.
 
     Only free units are joined: what meets a frozen one is stuck, and there may be millions of these.
     """
-    is_free = why < 0
-    involved = unit[_labels_of(choice.alternatives)]
-    involved = unique(involved[is_free[involved]], len(why))
-    local = _numbered(involved, len(why))
+    why = forest.why
+    ties = [[(forest.of(a), forest.of(b)) for a, b in alternative.ties] for alternative in choice.alternatives]
+    freezes = [[forest.of(labels) for labels in alternative.freezes] for alternative in choice.alternatives]
+    touched = [side for pairs in ties for pair in pairs for side in pair]
+    touched += [units for some in freezes for units in some]
+    involved, place = _numbered([units[why[units] < 0] for units in touched], len(why))
     free = []
-    for alternative in choice.alternatives:
-        joined, stuck = [], [unit[labels] for labels in alternative.freezes]
-        for a, b in ((unit[a], unit[b]) for a, b in alternative.ties):
-            both = is_free[a] & is_free[b]
-            joined.append((local[a[both]], local[b[both]]))
+    for pairs, stuck in zip(ties, freezes, strict=True):
+        joined, stuck = [], list(stuck)
+        for a, b in pairs:
+            both = (why[a] < 0) & (why[b] < 0)
+            joined.append((place(a[both]), place(b[both])))
             stuck += [a[~both], b[~both]]
         merged = connect(len(involved), joined)
         is_stuck = np.zeros(merged.max(initial=-1) + 1, dtype=bool)
         for units in stuck:
-            is_stuck[merged[local[units[is_free[units]]]]] = True
+            is_stuck[merged[place(units[why[units] < 0])]] = True
         free.append(int((~is_stuck).sum()))
     return int(np.argmax(free))
 
 
-def _numbered(involved: Labels, n: int) -> Labels:
-    """Return ``[n]``: the place of every involved component among them."""
+def _numbered(parts: Sequence[Labels], n: int) -> tuple[Labels, Callable[[Labels], Labels]]:
+    """Return the distinct components among some of ``n``, in order, and a function that gives their places."""
+    values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    involved = unique(values, n)
+    if 8 * len(values) < n:
+        return involved, lambda components: np.searchsorted(involved, components)
     local = np.zeros(n, dtype=np.int64)
     local[involved] = np.arange(len(involved))
-    return local
+    return involved, lambda components: local[components]
 
 
-def _take(choice: Choice, alternative: Alternative, unit: Labels, why: Labels, reasons: list[str]) -> Labels:
-    """Join what an alternative ties, under the number of one of them, and freeze what it freezes (in ``why``)."""
-    ties = [(unit[a], unit[b]) for a, b in alternative.ties if a.size]
+def _take(choice: Choice, alternative: Alternative, forest: _Forest, reasons: list[str]) -> None:
+    """Join what an alternative ties, under the number of one of them, and freeze what it freezes."""
+    why = forest.why
+    ties = [(forest.of(a), forest.of(b)) for a, b in alternative.ties if a.size]
     if ties:
-        involved = unique(np.concatenate([side for tie in ties for side in tie]), len(why))
-        local = _numbered(involved, len(why))
-        merged = connect(len(involved), [(local[a], local[b]) for a, b in ties])
+        involved, place = _numbered([side for tie in ties for side in tie], len(why))
+        merged = connect(len(involved), [(place(a), place(b)) for a, b in ties])
         # Where an index repeats, the last value holds; backwards that is the first.
         first = np.zeros(int(merged.max()) + 1, dtype=np.int64)
         first[merged[::-1]] = involved[::-1]
-        target = np.arange(len(why))
-        target[involved] = first[merged]
-        stuck = involved[why[involved] >= 0][::-1]
-        why[target[stuck]] = why[stuck]
-        unit = target[unit]
+        target = first[merged]
+        stuck = np.flatnonzero(why[involved] >= 0)[::-1]
+        why[target[stuck]] = why[involved[stuck]]
+        forest.join(involved, target)
     for labels in alternative.freezes:
-        components = unit[labels]
+        components = forest.of(labels)
         why[components[why[components] < 0]] = len(reasons)
         reasons.append(f"{choice.where}: kept whole so that '{alternative.name}' can vary")
-    return unit
