@@ -330,19 +330,17 @@ def index(ctx: OpContext) -> None:
     ctx.set(ctx.out, (*rest[:at], *(None,) * n_new, *rest[at:]))
 
 
-_ALONG_ONE_DIM = ("slice", "narrow", "narrow_copy")
+_ALONG_ONE_DIM = ("slice", "narrow", "narrow_copy", "index_select", "repeat_interleave")
 """They leave the other dims as they are, also where nothing is left (``x[:, :0]``)."""
 
 
 @rule(
     *_ALONG_ONE_DIM,
-    "index_select",
     "roll",
     "flip",
     "rot90",
     "repeat",
     "tile",
-    "repeat_interleave",
     "unfold",
     "diagonal",
     "tril",
@@ -357,13 +355,15 @@ def execute(ctx: OpContext) -> None:
         ctx.freeze_tensor(x, "is indexed by values that the trace does not know")
         return
     results: list[list[Labels | None]] = [[None] * out.ndim for out in ctx.outputs()]
+    dim = ctx.arg("dim") if ctx.name in _ALONG_ONE_DIM else None
     for d, labels in enumerate(dims):
         if labels is None:
             continue
-        if ctx.name in _ALONG_ONE_DIM and ctx.arg("dim") % x.ndim != d:
+        if dim is not None and dim % x.ndim != d:
             results[0][d] = labels
             continue
-        for found, grid in zip(results, _run_on_labels(ctx, labels, d, tuple(x.shape)), strict=True):
+        shape = tuple(x.shape) if dim is None else tuple(n if e == d else 1 for e, n in enumerate(x.shape))
+        for found, grid in zip(results, _run_on_labels(ctx, labels, d, shape), strict=True):
             if not grid.size:
                 # As where a detector finds nothing in the example image: no label is left to say what came through.
                 ctx.freeze(labels, "reaches an operator that picks nothing from the example input")
