@@ -106,10 +106,10 @@ class ValuesNeeded(Exception):
 
 
 def shorten(model: nn.Module, keep: int = 2, kinds: tuple[type[nn.Module], ...] = _CHAINS) -> int:
-    """Drop children that repeat the one before, in modules of some kinds; return how many are gone.
+    """Drop children that repeat an earlier one, in modules of some kinds; return how many are gone.
 
-    Of a run of equal neighbours (same classes, same shapes of all tensors) ``keep`` remain. A block that keeps its
-    input's shape can be left out of a chain, so the rest still runs; callers check that it does.
+    Of equal siblings (same classes, same shapes of all parameters) ``keep`` remain. A block that keeps its input's
+    shape can be left out of a chain, so the rest still runs; callers check that it does.
     """
     dropped = 0
     for module in list(model.modules()):
@@ -124,13 +124,13 @@ def shorten(model: nn.Module, keep: int = 2, kinds: tuple[type[nn.Module], ...] 
 
 
 def _repeats(children: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Count for every child how many equal ones come right before it; those without parameters do not count."""
+    """Count for every child how many equal ones come before it (blocks may alternate); without parameters, none."""
     found: dict[str, int] = {}
-    before, number = None, 0
+    seen: dict[Any, int] = {}
     for name, child in children.items():
         signature = _signature(child)
-        number = number + 1 if signature == before and signature[1] else 0
-        before, found[name] = signature, number
+        found[name] = seen.get(signature, 0) if signature[1] else 0
+        seen[signature] = found[name] + 1
     return found
 
 
@@ -139,7 +139,7 @@ def _renamed(name: str, number: int) -> str:
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    tensors = tuple((n, tuple(t.shape)) for n, t in module.state_dict().items())
+    tensors = tuple((n, tuple(t.shape)) for n, t in module.named_parameters())
     return tuple(type(m) for m in module.modules()), tensors
 
 
