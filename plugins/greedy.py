@@ -46,15 +46,16 @@ class GreedySearcher(Searcher):
         risk: float = 0.05,
     ) -> None:
         super().__init__(space, budget, rng)
-        if isinstance(race, bool) or race != int(race) or race < 1:
-            raise OptionError(f"race={race}: a whole number of parts of the held-out data; 1 is no race")
-        if not 0 < risk < 1:
-            raise OptionError(f"risk={risk}: a probability above 0 and below 1")
+        if not isinstance(lazy, bool):
+            raise OptionError(f"lazy={lazy!r}: true or false")
+        if not _is_number(race) or race < 1 or race != int(race):
+            raise OptionError(f"race={race!r}: a whole number of parts of the held-out data; 1 is no race")
+        if not _is_number(risk) or not 0 < risk < 1:
+            raise OptionError(f"risk={risk!r}: a probability above 0 and below 1")
         self._now = dict(space.largest)
         self._start = budget.usage(space.graph, self._now)
         self._stage = "start"
-        self._all = not lazy and race == 1
-        self._seen: tuple[WidthVector, dict[str, WidthVector], list[str]] = {}, {}, []
+        self._candidates: tuple[WidthVector, dict[str, WidthVector], list[str]] = {}, {}, []
         self._race = Race(int(race), lazy, risk)
 
     def ask(self) -> list[WidthVector]:
@@ -66,21 +67,18 @@ class GreedySearcher(Searcher):
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
         """Take in what was judged, and move to the best candidate once the round is decided."""
         losses = [math.inf if math.isnan(score) else -float(score) for score in scores]
-        names, span = self._next()
+        names, start, stop = self._next()
+        confirmed = start == stop or self._race.parts == 1
         if self._stage == "start":
-            if span is not None or self._race.parts == 1:
-                self._race.start(losses[0], *((0, 1) if span is None else span[:2]))
-            self._stage = "start" if span is not None else "round"
-        elif self._all:
-            steps, order = self._steps()
-            told = dict(zip(names, losses, strict=True))
-            self._now = steps[min(order, key=told.__getitem__)]
-        elif span is not None or self._race.parts == 1:
-            self._race.tell(names, losses, *((0, 1) if span is None else span[:2]))
-            if self._race.parts == 1 and not self._race.ask(self._steps()[1])[0]:
-                self._move()
-        else:
-            self._move()
+            self._race.start(losses[0], start, stop)
+            self._stage = "round" if confirmed else "start"
+            return
+        self._race.tell(names, losses, start, stop)
+        steps, order = self._steps()
+        if confirmed and not self._race.ask(order)[0]:
+            winner = self._race.best(order)
+            self._race.end(order, winner)
+            self._now = steps[winner]
 
     @property
     def parts(self) -> int:
@@ -90,36 +88,29 @@ class GreedySearcher(Searcher):
     @property
     def span(self) -> Span | None:
         """Part of the data in a race, but all of it for the starting point and for every winner."""
-        return self._next()[1]
+        _, start, stop = self._next()
+        return None if start == stop or self._race.parts == 1 else Span(start, stop, self._race.parts)
 
     def _steps(self) -> tuple[dict[str, WidthVector], list[str]]:
         """Return the candidates, and their names in the order in which they win ties."""
-        if self._seen[0] != self._now:
+        of, found, order = self._candidates
+        if of != self._now:
             steps = {name: self.space.narrower(self._now, name) for name in self.space.names}
             found = {name: step for name, step in steps.items() if step is not None}
             order = sorted(found, key=lambda name: self.budget.usage(self.space.graph, found[name]))
-            self._seen = dict(self._now), found, order
-        return self._seen[1:]
+            self._candidates = dict(self._now), found, order
+        return found, order
 
-    def _next(self) -> tuple[list[str], Span | None]:
-        """Name what to judge next, and the part of the data to judge it on."""
-        parts = self._race.parts
+    def _next(self) -> tuple[list[str], int, int]:
+        """Name what to judge next, and from which part of the data to which; none for what all parts have judged."""
         if self._stage == "start":
             known = len(self._race.level)
-            return [], None if parts == 1 or known == parts else Span(known, self._race.stretch(known)[1], parts)
+            return [], *(self._race.stretch(known) if known < self._race.parts else (0, 0))
         steps, order = self._steps()
-        if self._all or not steps:
-            return list(steps), None
+        if not steps:
+            return [], 0, 0
         names, start, stop = self._race.ask(order)
-        if not names:
-            return [self._race.best(order)], None
-        return [name for name in steps if name in names], None if parts == 1 else Span(start, stop, parts)
-
-    def _move(self) -> None:
-        steps, order = self._steps()
-        winner = self._race.best(order)
-        self._race.end(order, winner)
-        self._now = steps[winner]
+        return [name for name in steps if name in names] or [self._race.best(order)], start, stop
 
     def state_dict(self) -> dict[str, Any]:
         """The current widths, and what is known of the next steps."""
@@ -142,3 +133,7 @@ class GreedySearcher(Searcher):
         if self._start <= 1:
             return 1.0
         return float(min(1.0, (self._start - self.budget.usage(self.space.graph, self._now)) / (self._start - 1)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

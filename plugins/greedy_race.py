@@ -24,24 +24,30 @@ _ENOUGH = 5
 """From so few nothing is expected yet."""
 _PRIOR = 4.0
 """As many degrees of freedom the spread of earlier rounds has beside a candidate's own."""
+_TOGETHER = 2
+"""How many candidates of whom something is known are measured at a time."""
 _STATE = ("level", "before", "age", "now", "changes", "spreads")
 
 
 @dataclass
 class Race:
-    """The rounds of one search.
+    """The rounds of one search. A *chunk* is ``[start, stop, mean loss]`` on consecutive parts.
 
     Args:
         parts: How many parts there are.
         lazy: Start from what earlier rounds said; otherwise everyone is measured on the first part at least.
         risk: Most probability of being the best with which a candidate is left behind.
-        together: How many candidates are measured at a time.
+        level: Losses of the network that the round starts from, by part.
+        before: By how much candidates were worse when they were last measured, by part.
+        age: How many rounds ago that was; 2 where it was not on all parts.
+        now: Chunks of the candidates of this round.
+        changes: By how much candidates became worse from one round to the next.
+        spreads: Variances of a part's change, for candidates that were known before, and for new ones.
     """
 
     parts: int
     lazy: bool
     risk: float
-    together: int = 2
     level: list[float] = field(default_factory=list)
     before: dict[str, list[float]] = field(default_factory=dict)
     age: dict[str, int] = field(default_factory=dict)
@@ -51,6 +57,9 @@ class Race:
 
     def ask(self, names: Sequence[str]) -> tuple[list[str], int, int]:
         """Return whom to measure next, from which part and up to which; nobody once the round is decided.
+
+        Those of whom nothing can be said are measured all together, so that they share what is the same; others
+        few at a time, since what one is found to lose may settle the rest.
 
         Args:
             names: All candidates of the round, in an order that breaks ties.
@@ -64,7 +73,7 @@ class Race:
         likely = {name: p for name, p in likely.items() if p >= self.risk} | {leader: 1.0}
         order = sorted((n for n in likely if self._done(n) < self.parts), key=lambda n: (-likely[n], names.index(n)))
         asked, start, stop = self._next(order)
-        return sorted(asked[: self.together], key=names.index), start, stop
+        return sorted(asked[:_TOGETHER], key=names.index), start, stop
 
     def _next(self, order: Sequence[str]) -> tuple[list[str], int, int]:
         """Return those of whom the least is known, and as many parts again as are known of them."""
@@ -82,18 +91,14 @@ class Race:
         self.level += [loss] * (stop - start)
 
     def tell(self, names: Sequence[str], losses: Sequence[float], start: int, stop: int) -> None:
-        """Take in mean losses of candidates on some parts; one that is not finite loses the round."""
-        level = float(np.mean(self.level[start:stop]))
-        for name, loss in zip(names, losses, strict=True):
-            more = loss - level
-            chunk = [float(start), float(stop), more if math.isfinite(more) else math.inf]
-            self.now.setdefault(name, []).append(chunk)
+        """Take in mean losses of candidates on some parts, if any; one that is not finite loses the round."""
+        for name, loss in zip(names, losses, strict=True) if start < stop else ():
+            known = float(loss) if math.isfinite(loss) else math.inf
+            self.now.setdefault(name, []).append([float(start), float(stop), known])
 
     def best(self, names: Sequence[str]) -> str:
         """Return the winner of a decided round."""
-        return min(
-            (n for n in names if self._done(n) == self.parts), key=lambda n: (self._estimate(n)[0], names.index(n))
-        )
+        return min((n for n in names if self._done(n) == self.parts), key=lambda n: self._estimate(n)[0])
 
     def end(self, names: Sequence[str], winner: str) -> None:
         """Keep what the round said for the next; the winner has other steps now."""
@@ -102,9 +107,12 @@ class Race:
                 self._remember(name)
             elif name in self.age:
                 self.age[name] += 1
-        if winner in self.before:
-            self.level = [a + b for a, b in zip(self.level, self.before.pop(winner), strict=True)]
-            del self.age[winner]
+        if not self._sound():
+            # Nobody was worse than a network that diverged by any amount.
+            self.before, self.age = {}, {}
+        self.before.pop(winner, None)
+        self.age.pop(winner, None)
+        self.level = [loss for start, stop, loss in self.now[winner] for _ in range(int(start), int(stop))]
         self.now = {}
 
     def _remember(self, name: str) -> None:
@@ -123,16 +131,23 @@ class Race:
         for start, stop, loss in chunks:
             # Parts that were measured together keep their differences, and their mean becomes the measured one.
             span = range(int(start), int(stop))
-            shift = loss - float(np.mean([values[part] for part in span]))
+            shift = loss - self._level(span.start, span.stop) - float(np.mean([values[part] for part in span]))
             for part in span:
                 values[part] += shift
         self.before[name] = values
         self.age[name] = 1 if self._done(name) == self.parts else 2
 
     @staticmethod
-    def _note(list_: list[float], value: float) -> None:
-        list_.append(value)
-        del list_[:-_REMEMBERED]
+    def _note(past: list[float], value: float) -> None:
+        past.append(value)
+        del past[:-_REMEMBERED]
+
+    def _sound(self) -> bool:
+        return all(math.isfinite(loss) for loss in self.level)
+
+    def _level(self, start: int, stop: int) -> float:
+        """Mean loss that candidates are compared with; 0 where the network that the round starts from diverged."""
+        return float(np.mean(self.level[start:stop])) if self._sound() else 0.0
 
     def _done(self, name: str) -> int:
         return int(self.now[name][-1][1]) if name in self.now else 0
@@ -141,10 +156,11 @@ class Race:
         return float(np.mean(self.before[name][start:stop])) if name in self.before else 0.0
 
     def _residuals(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Sizes of the chunks measured so far, and by how much they differ from before."""
-        chunks = self.now[name]
-        sizes = np.array([stop - start for start, stop, _ in chunks])
-        return sizes, np.array([loss - self._old(name, int(a), int(b)) for a, b, loss in chunks])
+        """Sizes of the chunks measured so far, and by how much they are worse than before."""
+        spans = [(int(start), int(stop)) for start, stop, _ in self.now[name]]
+        expected = [self._level(*span) + self._old(name, *span) for span in spans]
+        found = [loss - e for (_, _, loss), e in zip(self.now[name], expected, strict=True)]
+        return np.array([stop - start for start, stop in spans]), np.array(found)
 
     def _change(self, name: str) -> float:
         sizes, residuals = self._residuals(name)
@@ -166,18 +182,19 @@ class Race:
 
     def _estimate(self, name: str) -> tuple[float, float]:
         """Return mean and variance of a candidate's loss on all parts."""
-        old = self._old(name, 0, self.parts)
+        done = self._done(name)
+        if done == self.parts:
+            # Straight from what was measured, so that equal losses tie.
+            return sum((stop - start) * loss for start, stop, loss in self.now[name]) / self.parts, 0.0
+        old = self._level(0, self.parts) + self._old(name, 0, self.parts)
         known = len(self.changes) >= _ENOUGH and self.lazy and name in self.before
         drift = float(np.mean(self.changes)) if known else 0.0
         prior = self.age[name] * float(np.var(self.changes)) if known else math.inf
-        done = self._done(name)
         if done == 0:
             return (old + drift, prior) if known else (-math.inf, math.inf)
         change = self._change(name)
         if not math.isfinite(change):
             return math.inf, 0.0
-        if done == self.parts:
-            return old + change, 0.0
         error = self._spread(name) * (1 / done - 1 / self.parts)
         if not math.isfinite(prior):
             return old + change, error

@@ -10,7 +10,7 @@ from widthkit_plugins.greedy import GreedySearcher
 from widthkit_plugins.greedy_race import Race
 
 from widthkit.budget import parse_budget
-from widthkit.errors import DataError, OptionError
+from widthkit.errors import DataError, OptionError, PluginError
 from widthkit.search import search as whole_search
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
@@ -124,6 +124,37 @@ def test_candidates_that_diverge_lose_the_race():
         assert sum(not np.isfinite(t.score) for t in trials) <= len(trials) - 5
 
 
+def test_a_start_that_diverges_costs_one_round_of_knowledge_and_no_more():
+    class Start(Judge):
+        def __call__(self, widths):
+            found = super().__call__(widths)
+            return Judgement(float("nan"), float("nan"), None) if min(widths.values()) == 8 else found
+
+        def at(self, span):
+            part = Start(self.seed, self.noise, span)
+            part.work, part.calls = self.work, self.calls
+            return part
+
+    expected, _ = search(Judge(0))
+    for options in ({}, {"lazy": True}, {"race": 8}, {"lazy": True, "race": 8}):
+        assert search(Start(0), **options)[0] == expected, options
+
+
+def test_ties_go_to_the_group_that_saves_more_in_a_race_too():
+    class Flat(Judge):
+        def __call__(self, widths):
+            error = np.random.default_rng(sum(widths.values())).normal(size=8)
+            start, stop, _ = self.span or (0, 8, 8)
+            return Judgement(float(error[start:stop].mean()), 0.0, None)
+
+        def at(self, span):
+            return Flat(self.seed, self.noise, span)
+
+    expected, _ = search(Flat(0))
+    for options in ({"lazy": True}, {"race": 8}, {"lazy": True, "race": 8}):
+        assert search(Flat(0), **options)[0] == expected, options
+
+
 def test_a_race_is_as_good_a_judge_as_its_statistics():
     """Over many draws, what a round estimates from a part is right on average, with the spread that it states."""
     rng = np.random.default_rng(0)
@@ -174,13 +205,44 @@ def test_a_span_is_judged_on_its_own_batches_and_nothing_is_judged_twice():
 def test_parts_make_batches_smaller_or_are_refused():
     net, data = supernet(), [small_batch(seed) for seed in range(2)]
     assert [n for _, _, n in Evaluator(net, data, F.cross_entropy, parts=5).batches] == [4, 3, 3, 3, 3]
-    with pytest.raises(DataError, match="17 parts of the held-out data need as many batches; here are 16"):
+    with pytest.raises(DataError, match="17 parts need as many held-out batches; here are 16 of 16 examples"):
         Evaluator(net, data, F.cross_entropy, parts=17)
     judge = Evaluator(net, data, F.cross_entropy)
-    with pytest.raises(OptionError, match="2 parts of the held-out data need as many batches; here are 1"):
+    with pytest.raises(PluginError, match="but there are 1 batches; the searcher must say parts=2"):
         judge.at(Span(0, 1, 2))
-    with pytest.raises(OptionError, match="span="):
+    with pytest.raises(PluginError, match="span="):
         judge.at(Span(1, 1, 1))
+    with pytest.raises(PluginError, match="span=0.25 is no Span"):
+        judge.at(0.25)
+
+
+def test_parts_of_any_data_are_equal_and_hold_every_kind():
+    net = supernet()
+    uneven = Evaluator(net, [small_batch(seed) for seed in range(5)], F.cross_entropy, batch_size=14, parts=2)
+    assert [n for _, _, n in uneven.batches] == [10, 10, 10, 10]
+    x, y = small_batch(0)
+    kinds = Evaluator(net, [(x, y), (x[..., :-1], y)], F.cross_entropy, parts=4)
+    assert [tuple({b[0].shape[-1] for b in kinds.at(Span(i, i + 1, 4)).batches}) for i in range(4)] == [
+        tuple({x.shape[-1], x.shape[-1] - 1})
+    ] * 4
+
+
+def test_what_parts_said_is_forgotten_once_all_of_the_data_are_judged():
+    net, data = supernet(), [small_batch(seed) for seed in range(4)]
+    judge = Evaluator(net, data, F.cross_entropy, batch_size=8)
+    nested = judge.at(Span(0, 2, 4)).at(Span(0, 1, 2))
+    assert (len(nested.batches), len(judge.at(Span(0, 1, 2)).batches)) == (1, 2)
+    before = judge.at(Span(0, 4, 4))(net.space.largest)
+    assert judge(net.space.largest) == before
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    assert judge(net.space.largest) != before
+
+
+def test_a_race_is_refused_where_a_score_model_judges():
+    with pytest.raises(OptionError, match="pass score_model=None"):
+        whole_search(supernet(), [small_batch(0)], "0.5x", race=4)
 
 
 def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
@@ -204,7 +266,16 @@ def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"race": 0}, "race=0"), ({"race": 2.5}, "race=2.5"), ({"risk": 1}, "risk=1")]
+    ("options", "message"),
+    [
+        ({"race": 0}, "race=0"),
+        ({"race": 2.5}, "race=2.5"),
+        ({"race": float("inf")}, "race=inf"),
+        ({"race": "4"}, "race='4'"),
+        ({"risk": 1}, "risk=1"),
+        ({"risk": "abc"}, "risk='abc'"),
+        ({"lazy": "False"}, "lazy='False'"),
+    ],
 )
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(OptionError, match=message):

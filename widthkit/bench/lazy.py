@@ -40,7 +40,9 @@ OTHER = "plain, other images"
 class _Counting(Evaluator):
     """Counts examples times MACs of what it computes, for supernets with one path."""
 
-    work: dict[str, float]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.work = {"examples": 0, "macs": 0}
 
     def _judge(self, units: Any, name: Any, path: int) -> Any:
         fresh = [
@@ -165,8 +167,7 @@ def _judges(net: Supernet, splits: DataSplits, images: int) -> tuple[_Counting, 
 def _search(net: Supernet, judge: _Counting, budget: str, options: Mapping[str, Any]) -> dict[str, Any]:
     limit = parse_budget(budget, net.graph)
     engine = make_searcher("greedy", net, limit, np.random.default_rng(0), options)
-    judge.work = {"examples": 0, "macs": 0}
-    judge._spans.clear()
+    judge.work.update(examples=0, macs=0)
     start = time.process_time()
     trials = run_loop(engine, net.graph, judge, Journal(None, ""), {})
     seconds = time.process_time() - start

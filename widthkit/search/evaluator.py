@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,9 @@ class Evaluator:
             scores.append(-loss)
             losses.append(loss)
             accuracies.append(top1)
+            if self._whole is None:
+                for number in self._numbers:
+                    self._parts.pop((_name(widths), path, number), None)
         known = [a for a in accuracies if a is not None]
         return Judgement(self._combine(scores), sum(losses) / len(losses), self._combine(known) if known else None)
 
@@ -183,9 +187,6 @@ class Evaluator:
                     left.sort()
             place = left.pop(0)
             yield place, self(vectors[place])
-            if self._whole is None:
-                for key in [k for k in self._parts if k[0] == _name(vectors[place])]:
-                    del self._parts[key]
         if vectors and self._whole is None:
             self._parts.clear()
 
@@ -201,26 +202,30 @@ class Evaluator:
     def at(self, span: Span) -> Evaluator:
         """Return an evaluator that judges on a part of the data, in whole batches.
 
-        What it finds out need not be computed again when the same width vector is judged on all of the data, until
-        then or until other vectors are.
+        What it finds out is kept until the next judgement on all of the data, which need not compute it again; the
+        supernet must not be trained in between.
 
         Args:
-            span: Which parts; of equally many batches as far as possible.
+            span: Which parts; of equally many batches if their number can be divided.
 
         Raises:
-            OptionError: If there are fewer batches than parts, or the span is empty.
+            PluginError: If there are fewer batches than parts, or the span is empty.
         """
-        start, stop, of = span
+        try:
+            start, stop, of = map(operator.index, span)
+        except TypeError:
+            raise PluginError(f"span={span!r} is no Span(start, stop, of) of whole numbers") from None
         n = len(self.batches)
         if not 0 <= start < stop <= of:
-            raise OptionError(f"span={tuple(span)}: parts from one number up to a larger one, of so many in all")
+            raise PluginError(f"span={tuple(span)}: parts from one number up to a larger one, of so many in all")
         if of > n:
-            raise OptionError(f"{of} parts of the held-out data need as many batches; here are {n}")
+            raise PluginError(f"span={tuple(span)}, but there are {n} batches; the searcher must say parts={of}")
         if span not in self._spans:
             part = copy.copy(self)
             part._numbers = range(n * start // of, n * stop // of)
             part.batches = [self.batches[number] for number in part._numbers]
             part._whole = self
+            part._spans = {}
             self._spans[span] = part
         return self._spans[span]
 
@@ -316,6 +321,7 @@ def _name(widths: Mapping[str, int]) -> Name:
 def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device, parts: int = 1) -> list[Batch]:
     """Join small batches of equally shaped tensors into large ones; batches of other kinds stay as they come."""
     batches: list[Batch] = []
+    joined: list[tuple[float, Batch]] = []
     pending: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for batch in loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -333,12 +339,16 @@ def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device, parts
         inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         if not len(inputs):
             continue
-        # Equal parts, so that no small remainder gets batch statistics of its own.
-        n_parts = min(len(inputs), max(parts, -(-len(inputs) // batch_size)))
-        for x, y in zip(inputs.tensor_split(n_parts), targets.tensor_split(n_parts), strict=True):
-            batches.append((x, y, len(x)))
+        # Equal parts, so that no small remainder gets batch statistics of its own; of every kind as many in every part.
+        n_batches = min(len(inputs), parts * -(-len(inputs) // (batch_size * parts)))
+        cut = zip(inputs.tensor_split(n_batches), targets.tensor_split(n_batches), strict=True)
+        joined += [(i / n_batches, (x, y, len(x))) for i, (x, y) in enumerate(cut)]
+    batches += [batch for _, batch in sorted(joined, key=lambda pair: pair[0])]
     if not batches:
         raise DataError("the held-out loader has no batch; check the data set's size and drop_last")
     if len(batches) < parts:
-        raise DataError(f"{parts} parts of the held-out data need as many batches; here are {len(batches)}")
+        n = sum(size for _, _, size in batches)
+        raise DataError(
+            f"{parts} parts need as many held-out batches; here are {len(batches)} of {n} examples; take fewer"
+        )
     return batches

@@ -25,7 +25,7 @@ from widthkit.search.outcome import best_result, check_chosen, chosen_result, wi
 from widthkit.search.providers import Offer
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.rounds import check_same, from_first, launched
-from widthkit.search.searcher import Searcher
+from widthkit.search.searcher import Searcher, parts_of
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
 from widthkit.train.parallel import broadcast_module, process_index, processes
@@ -107,6 +107,10 @@ def search(
 
     engine = build()
     guidance = make_guidance(score_model, type(engine), evaluations, calibrate, train_fn, score_model_options)
+    if guidance is not None and parts_of(engine) > 1:
+        raise OptionError(
+            f"{searcher} asks about parts of the data, which no score model can answer; pass score_model=None"
+        )
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
     if guidance is not None and chosen is None:
         settings |= guidance.settings()
@@ -116,14 +120,12 @@ def search(
                 f"calibrate={calibrate}: stand-alone trainings run in one process, here are {processes()}; search "
                 "without torchrun, or without calibrate"
             )
-        # A score model judges whole networks: parts would only spoil the statistics of its batches.
-        parts = engine.parts if guidance is None else 1
         judge = Evaluator(
             net,
             loader,
             criterion,
             batch_size=batch_size,
-            parts=parts,
+            parts=parts_of(engine),
             device=place,
             training=training,
             memory=memory,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from widthkit.budget import Budget
+from widthkit.errors import PluginError
 from widthkit.registry import Registry
 from widthkit.space import SearchSpace
 
@@ -19,7 +20,7 @@ WidthVector = dict[str, int]
 
 
 class Span(NamedTuple):
-    """Some of the held-out data: of ``of`` equal parts those from ``start`` up to ``stop``."""
+    """Of ``of`` parts of the held-out data, as equal as whole batches allow, those from ``start`` up to ``stop``."""
 
     start: int
     stop: int
@@ -49,7 +50,7 @@ class Searcher(ABC):
 
     @property
     def parts(self) -> int:
-        """Into how many equal parts, of whole batches, the held-out data must be divisible; read once, at the start."""
+        """Into how many parts of whole batches the held-out data must be divisible; read once, at the start."""
         return 1
 
     @property
@@ -135,6 +136,18 @@ class OneShotSearcher(Searcher):
     def proposals(self) -> int:
         """One."""
         return 1
+
+
+def parts_of(searcher: Searcher) -> int:
+    """Return a searcher's number of parts.
+
+    Raises:
+        PluginError: If that is no positive whole number.
+    """
+    parts = searcher.parts
+    if not isinstance(parts, int) or parts < 1:
+        raise PluginError(f"searcher {type(searcher).__name__}: parts must be a positive whole number, not {parts!r}")
+    return parts
 
 
 SEARCHERS: Registry[type[Searcher]] = Registry("searcher", "widthkit.searchers", Searcher)

@@ -241,17 +241,20 @@ def _typed(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def _calmed(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
-    """Make weights smaller, in place, where errors of rounding grow; return by how much, and the tolerance then."""
-    scale = 1.0
-    tolerance = _tolerance(model, inputs)
-    while tolerance > _PRECISE and scale > 0.75:
+    """Make weights smaller, in place, where errors of rounding grow, if that helps; return by how much."""
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p.is_floating_point()]
+    first = _tolerance(model, inputs)
+    if first <= _PRECISE:
+        return 1.0, first
+    as_they_were = [p.detach().clone() for p in matrices]
+    for scale, tolerance in ((0.9, None), (0.8, None), (0.7, None), (1.0, first)):
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1 and parameter.is_floating_point():
-                    parameter.mul_((scale - 0.1) / scale)
-        scale = round(scale - 0.1, 1)
-        tolerance = _tolerance(model, inputs)
-    return scale, tolerance
+            for parameter, values in zip(matrices, as_they_were, strict=True):
+                parameter.copy_(values * scale)
+        found = tolerance or _tolerance(model, inputs)
+        if tolerance or found <= _PRECISE:
+            break
+    return scale, found
 
 
 def _tolerance(model: nn.Module, inputs: Inputs) -> float:

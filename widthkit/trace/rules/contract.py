@@ -102,12 +102,16 @@ def attention(ctx: OpContext) -> None:
         # Whole groups of heads would have to go together with their keys.
         for t in (q, k, v):
             ctx.freeze_tensor(t, "groups its queries")
-        ctx.macs([(None, n) for n in (*q.shape[:-1], k.shape[-2], q.shape[-1] + v.shape[-1])])
+        ctx.macs([(None, n) for n in (*ctx.out.shape[:-1], k.shape[-2], q.shape[-1] + v.shape[-1])])
         return
     scores = contract(ctx, [(q, f"{batch}le"), (k, f"{batch}se")])
     values = contract(ctx, [(k, f"{batch}s_"), (v, f"{batch}sf")], count=False)
-    sizes = dict(zip(f"{batch}l", q.shape[:-1], strict=True)) | {"s": v.shape[-2], "f": v.shape[-1]}
+    sizes = dict(zip(f"{batch}lf", ctx.out.shape, strict=True)) | {"s": v.shape[-2]}
     labels = {**values, **scores}
+    for letter, *n in zip(batch, q.shape, v.shape, strict=False):
+        both = ctx.match((scores.get(letter), n[0]), (values.get(letter), n[1]))
+        if both is not None:
+            labels[letter] = both
     ctx.macs([(labels.get(letter), sizes[letter]) for letter in f"{batch}lsf"])
     mask = ctx.arg("attn_mask")
     if mask is not None:
@@ -119,13 +123,13 @@ def attention(ctx: OpContext) -> None:
 
 def _broadcasts(q: Tensor, k: Tensor) -> bool:
     """Whether keys belong to the same heads as queries, or one key to all of them (multi-query attention)."""
-    return all(n in (m, 1) for m, n in zip(q.shape[:-2], k.shape[:-2], strict=True))
+    return all(n == m or 1 in (n, m) for m, n in zip(q.shape[:-2], k.shape[:-2], strict=True))
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def recurrent(ctx: OpContext) -> None:
     """Keep recurrent layers whole, and count every weight matrix once per token."""
-    matrices = [t for t in ctx.arg("params") if t.ndim == 2]
+    matrices = [t for t in ctx.arg("params", (ctx.arg("w_ih"), ctx.arg("w_hh"))) if t.ndim == 2]
     # A packed sequence has its tokens in a row; the last dim is read by the first layer.
     x = ctx.arg("data", ctx.arg("input"))
     for t in ctx.tensors():
