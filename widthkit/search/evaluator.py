@@ -348,7 +348,5 @@ def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device, parts
         raise DataError("the held-out loader has no batch; check the data set's size and drop_last")
     if len(batches) < parts:
         n = sum(size for _, _, size in batches)
-        raise DataError(
-            f"{parts} parts need as many held-out batches; here are {len(batches)} of {n} examples; take fewer"
-        )
+        raise DataError(f"{parts} parts need as many held-out batches; here are {len(batches)} of {n} examples")
     return batches

@@ -108,9 +108,7 @@ def search(
     engine = build()
     guidance = make_guidance(score_model, type(engine), evaluations, calibrate, train_fn, score_model_options)
     if guidance is not None and parts_of(engine) > 1:
-        raise OptionError(
-            f"{searcher} asks about parts of the data, which no score model can answer; pass score_model=None"
-        )
+        raise OptionError(f"{searcher} asks about parts of the data, as no score model can; pass score_model=None")
     settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
     if guidance is not None and chosen is None:
         settings |= guidance.settings()
