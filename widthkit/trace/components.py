@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from widthkit.trace.labels import Alternative, Choice, Labels, LabelStore, unique
+from widthkit.trace.labels import Alternative, Labels, LabelStore, unique
 
 _FEW = 4096
 """Up to so many nodes and ties are joined without a sparse matrix."""
@@ -97,11 +97,14 @@ def _solve(store: LabelStore, forced: Mapping[int, int]) -> Components:
         forest.why[unit[store.freezes[number][0]]] = number
     taken = []
     for number, choice in enumerate(store.choices):
+        options = [_Option.of(alternative, forest) for alternative in choice.alternatives]
         pick = forced.get(number)
         if pick is None:
-            pick = _best(choice, forest)
+            pick = _best(options, forest)
         taken.append(pick)
-        _take(choice, choice.alternatives[pick], forest, reasons)
+        _take(options[pick], forest, len(reasons))
+        reason = f"{choice.where}: kept whole so that '{choice.alternatives[pick].name}' can vary"
+        reasons += [reason] * len(options[pick].freezes)
     unit = forest.roots(np.arange(len(forest.why)))[unit]
     present = np.zeros(len(forest.why), dtype=bool)
     present[unit] = True
@@ -141,21 +144,32 @@ class _Forest:
         self._parent[components] = into
 
 
-def _best(choice: Choice, forest: _Forest) -> int:
+@dataclass(frozen=True)
+class _Option:
+    """An alternative in terms of components: pairs to join, and components to freeze."""
+
+    ties: list[tuple[Labels, Labels]]
+    freezes: list[Labels]
+
+    @classmethod
+    def of(cls, alternative: Alternative, forest: _Forest) -> _Option:
+        ties = [(forest.of(a), forest.of(b)) for a, b in alternative.ties if a.size]
+        return cls(ties, [forest.of(labels) for labels in alternative.freezes])
+
+
+def _best(options: Sequence[_Option], forest: _Forest) -> int:
     """Count the units that every alternative leaves free among all labels that the choice touches.
 
     Only free units are joined: what meets a frozen one is stuck, and there may be millions of these.
     """
     why = forest.why
-    ties = [[(forest.of(a), forest.of(b)) for a, b in alternative.ties] for alternative in choice.alternatives]
-    freezes = [[forest.of(labels) for labels in alternative.freezes] for alternative in choice.alternatives]
-    touched = [side for pairs in ties for pair in pairs for side in pair]
-    touched += [units for some in freezes for units in some]
+    touched = [side for option in options for tie in option.ties for side in tie]
+    touched += [units for option in options for units in option.freezes]
     involved, place = _numbered([units[why[units] < 0] for units in touched], len(why))
     free = []
-    for pairs, stuck in zip(ties, freezes, strict=True):
-        joined, stuck = [], list(stuck)
-        for a, b in pairs:
+    for option in options:
+        joined, stuck = [], list(option.freezes)
+        for a, b in option.ties:
             both = (why[a] < 0) & (why[b] < 0)
             joined.append((place(a[both]), place(b[both])))
             stuck += [a[~both], b[~both]]
@@ -178,13 +192,18 @@ def _numbered(parts: Sequence[Labels], n: int) -> tuple[Labels, Callable[[Labels
     return involved, lambda components: local[components]
 
 
-def _take(choice: Choice, alternative: Alternative, forest: _Forest, reasons: list[str]) -> None:
-    """Join what an alternative ties, under the number of one of them, and freeze what it freezes."""
+def _take(option: _Option, forest: _Forest, reason: int) -> None:
+    """Join what an alternative ties, under the number of one of them, and freeze what it freezes.
+
+    Args:
+        option: The alternative.
+        forest: Changed in place.
+        reason: Number of the reason of the first freeze; the others follow.
+    """
     why = forest.why
-    ties = [(forest.of(a), forest.of(b)) for a, b in alternative.ties if a.size]
-    if ties:
-        involved, place = _numbered([side for tie in ties for side in tie], len(why))
-        merged = connect(len(involved), [(place(a), place(b)) for a, b in ties])
+    if option.ties:
+        involved, place = _numbered([side for tie in option.ties for side in tie], len(why))
+        merged = connect(len(involved), [(place(a), place(b)) for a, b in option.ties])
         # Where an index repeats, the last value holds; backwards that is the first.
         first = np.zeros(int(merged.max()) + 1, dtype=np.int64)
         first[merged[::-1]] = involved[::-1]
@@ -192,7 +211,6 @@ def _take(choice: Choice, alternative: Alternative, forest: _Forest, reasons: li
         stuck = np.flatnonzero(why[involved] >= 0)[::-1]
         why[target[stuck]] = why[involved[stuck]]
         forest.join(involved, target)
-    for labels in alternative.freezes:
-        components = forest.of(labels)
-        why[components[why[components] < 0]] = len(reasons)
-        reasons.append(f"{choice.where}: kept whole so that '{alternative.name}' can vary")
+    for number, units in enumerate(option.freezes, start=reason):
+        components = forest.roots(units)
+        why[components[why[components] < 0]] = number
