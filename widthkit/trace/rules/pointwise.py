@@ -20,6 +20,12 @@ def broadcast_tie(ctx: OpContext, tensors: list[Tensor], out: Tensor) -> tuple[L
     return tuple(result)
 
 
+@rule("to", "type_as", "_to_copy")
+def convert(ctx: OpContext) -> None:
+    """Let all dims pass; another tensor only lends its type."""
+    ctx.set(ctx.out, ctx.dims(ctx.tensors()[0]))
+
+
 @rule(
     "pointwise",
     "dropout",
@@ -46,9 +52,6 @@ def broadcast_tie(ctx: OpContext, tensors: list[Tensor], out: Tensor) -> tuple[L
     "threshold",
     "clamp",
     "clip",
-    "type_as",
-    "to",
-    "_to_copy",
     "clone",
     "contiguous",
     "detach",
