@@ -424,6 +424,16 @@ def test_patterns():
         trace(model, SHAPE, freeze=["towr"])
 
 
+def test_patterns_mean_what_a_module_produces():
+    tokens = torch.randint(0, 11, (2, 5))
+    assert trace(Embedded(), (tokens,), freeze=["table"]).full == {"mid": 8}
+    assert trace(Embedded(), (tokens,), only=["table"]).full == {"table": 6}
+    for bias in (False, True):
+        up = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ConvTranspose2d(5, 6, 2, bias=bias), nn.Conv2d(6, 4, 1))
+        assert trace(up, SHAPE, freeze=["1"]).full == {"0": 5}
+        assert list(trace(up, SHAPE, only=["1"]).full.values()) == [6]
+
+
 class Thresholded(PlainChain):
     """Control flow on values, as in detectors: how many rows remain is known only at run time."""
 

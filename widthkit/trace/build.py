@@ -17,6 +17,8 @@ from widthkit.trace.components import Components
 from widthkit.trace.context import AttributeRecord, RunState
 from widthkit.trace.labels import Labels
 
+_READ_ALONG_0 = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass
 class Seeds:
@@ -51,7 +53,7 @@ def freeze_unused(model: nn.Module, run: RunState, seeds: Seeds) -> list[str]:
 
 
 def freeze_matching(model: nn.Module, run: RunState, seeds: Seeds, patterns: Iterable[str], reason: str) -> list[str]:
-    """Freeze the widths that modules produce (dim 0 of their tensors); return the patterns that match nothing."""
+    """Freeze the widths that modules produce; return the patterns that match nothing."""
     missed = []
     for pattern in patterns:
         hit = False
@@ -59,11 +61,22 @@ def freeze_matching(model: nn.Module, run: RunState, seeds: Seeds, patterns: Ite
             module = name.rpartition(".")[0]
             if under(module, pattern):
                 hit = True
-                if labels and labels[0] is not None:
-                    run.store.freeze(labels[0], reason)
+                made = labels[produced_dim(model, name)] if labels else None
+                if made is not None:
+                    run.store.freeze(made, reason)
         if not hit:
             missed.append(pattern)
     return missed
+
+
+def produced_dim(model: nn.Module, name: str) -> int:
+    """Return the dim of a tensor that counts what its module produces: 0, but 1 for matrices that read along dim 0.
+
+    >>> produced_dim(nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 6)), "1.weight")
+    1
+    """
+    path, _, last = name.rpartition(".")
+    return int(last == "weight" and isinstance(model.get_submodule(path), _READ_ALONG_0))
 
 
 def under(module: str, pattern: str) -> bool:
