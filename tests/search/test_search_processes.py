@@ -200,7 +200,7 @@ class Waiting:
                 if not self.left:
                     raise KeyboardInterrupt
                 self.left -= 1
-                yield Piece(key, 0, 0, 1.0, None, 1.0)
+                yield Piece(key, 0, 0, 1.0, None)
         for place in range(len(vectors)):
             yield place, Judgement(-1.0, 1.0, None)
 

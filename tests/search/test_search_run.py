@@ -101,7 +101,7 @@ def test_judging_leaves_the_supernet_bit_identical(training):
     scattered = {name: list(range(0, width, 2)) for name, width in small_graph().full.items()}
     judge = Evaluator(net, LOADER, F.cross_entropy)
     judge(net.space.smallest)
-    judge._judge(net.units(scattered))
+    judge._judge(net.units(scattered), (), 0)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [m.training for m in net.modules()] == modes
     assert all(p.grad is None and not p.is_inference() for p in net.parameters())
