@@ -73,7 +73,8 @@ class GreedySearcher(Searcher):
             self._race.start(losses[0], start, stop)
             self._stage = "round" if confirmed else "start"
             return
-        self._race.tell(names, losses, start, stop)
+        if start < stop:
+            self._race.tell(names, losses, start, stop)
         steps, order = self._steps()
         if confirmed and not self._race.ask(order)[0]:
             winner = self._race.best(order)
@@ -105,7 +106,7 @@ class GreedySearcher(Searcher):
         """Name what to judge next, and from which part of the data to which; none for what all parts have judged."""
         if self._stage == "start":
             known = len(self._race.level)
-            return [], *(self._race.stretch(known) if known < self._race.parts else (0, 0))
+            return ([], known, self._race.until(known)) if known < self._race.parts else ([], 0, 0)
         steps, order = self._steps()
         if not steps:
             return [], 0, 0

@@ -73,26 +73,26 @@ class Race:
         likely = {name: p for name, p in likely.items() if p >= self.risk} | {leader: 1.0}
         order = sorted((n for n in likely if self._done(n) < self.parts), key=lambda n: (-likely[n], names.index(n)))
         asked, start, stop = self._next(order)
-        return sorted(asked[:_TOGETHER], key=names.index), start, stop
+        return asked[:_TOGETHER], start, stop
 
     def _next(self, order: Sequence[str]) -> tuple[list[str], int, int]:
         """Return those of whom the least is known, and as many parts again as are known of them."""
         if not order:
             return [], 0, 0
-        start, stop = self.stretch(min(self._done(name) for name in order))
-        return [name for name in order if self._done(name) == start], start, stop
+        start = min(self._done(name) for name in order)
+        return [name for name in order if self._done(name) == start], start, self.until(start)
 
-    def stretch(self, start: int) -> tuple[int, int]:
-        """Return from which part to which to go on: as many again as are known."""
-        return start, min(self.parts, max(1, 2 * start))
+    def until(self, start: int) -> int:
+        """Return up to which part to go on: as many again as are known."""
+        return min(self.parts, max(1, 2 * start))
 
     def start(self, loss: float, start: int, stop: int) -> None:
         """Take in the first network's mean loss on some parts."""
         self.level += [loss] * (stop - start)
 
     def tell(self, names: Sequence[str], losses: Sequence[float], start: int, stop: int) -> None:
-        """Take in mean losses of candidates on some parts, if any; one that is not finite loses the round."""
-        for name, loss in zip(names, losses, strict=True) if start < stop else ():
+        """Take in mean losses of candidates on some parts; one that is not finite loses the round."""
+        for name, loss in zip(names, losses, strict=True):
             known = float(loss) if math.isfinite(loss) else math.inf
             self.now.setdefault(name, []).append([float(start), float(stop), known])
 

@@ -182,7 +182,7 @@ def supernet():
     return make_supernet(small_net(), "bc", graph=small_graph(), k=4)
 
 
-def test_a_span_is_judged_on_its_own_batches_and_nothing_is_judged_twice():
+def test_a_span_is_judged_on_its_own_batches_and_nothing_is_judged_twice(monkeypatch):
     net, data = supernet(), [small_batch(seed) for seed in range(4)]
     judge = Evaluator(net, data, F.cross_entropy, batch_size=8)
     alone = Evaluator(net, data[1:3], F.cross_entropy, batch_size=8)
@@ -191,13 +191,9 @@ def test_a_span_is_judged_on_its_own_batches_and_nothing_is_judged_twice():
     assert [found for _, found in sorted(middle.many(vectors))] == [alone(v) for v in vectors]
     runs = []
     part = Evaluator._part
-    counted = pytest.MonkeyPatch()
-    counted.setattr(Evaluator, "_part", lambda self, batch, run: runs.append(batch) or part(self, batch, run))
-    try:
-        whole = judge(vectors[0])
-        assert len(runs) == 2 * len(net.paths(vectors[0]))
-    finally:
-        counted.undo()
+    monkeypatch.setattr(Evaluator, "_part", lambda self, batch, run: runs.append(batch) or part(self, batch, run))
+    whole = judge(vectors[0])
+    assert len(runs) == 2 * len(net.paths(vectors[0]))
     assert whole == Evaluator(net, data, F.cross_entropy, batch_size=8)(vectors[0])
     assert [len(judge.at(Span(i, i + 1, 3)).batches) for i in range(3)] == [1, 1, 2]
 

@@ -9,22 +9,26 @@ import sys
 import time
 
 import pytest
+import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 from widthkit_plugins.bc import BilaterallyCoupled
 
+from widthkit.export import export
 from widthkit.search import search
 from widthkit.search.evaluator import Evaluator, Judgement, Piece
 from widthkit.search.journal import Journal
 from widthkit.search.loop import judge_new
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
+from widthkit.train import train
 
 # Every process runs this. The weights of process 0 must win.
 SCRIPT = """
 import os, sys, time, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_search_processes import GUIDED, quiet
+from test_search_processes import CALIBRATED, GUIDED, UNSHARED, quiet, trained
 rank, task = int(os.environ.get("RANK", 0)), sys.argv[3]
 if task == "slow":
     from widthkit.search.evaluator import Evaluator
@@ -55,15 +59,42 @@ found = quiet(out, **options | ({"memory": 100, "batch_size": 8} if task == "tig
 print(len(seen), found.score.hex())
 if task == "guided too":
     print(quiet(out + "-guided", **options, **GUIDED).score.hex())
+if task == "unshared":
+    print(quiet(out + "-unshared", **options, **UNSHARED).score.hex())
+if task == "calibrated":
+    print(quiet(out + "-calibrated", **options, **CALIBRATED).score.hex(), len(trained))
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
 
 GUIDED = {"searcher": "random", "n": 30, "evaluations": 12}
+trained = []
 
 
-def quiet(out, seed=0, first=0, **options):
+def train_alone(widths):
+    """Train a network for two epochs of a loader that Accelerate would share out among processes."""
+    trained.append(widths)
+    slim = export(small_net(), widths, graph=small_graph())
+    images, labels = (torch.cat(parts) for parts in zip(*(small_batch(i) for i in range(4)), strict=True))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    return train(slim, loader, 2, lr=0.1, loss=F.cross_entropy, device="cpu", progress=False).history[-1]["loss"]
+
+
+CALIBRATED = {"searcher": "random", "n": 9, "evaluations": 4, "calibrate": 5, "train_fn": train_alone}
+
+
+EVOLUTION = {"searcher": "evolution", "population": 3, "generations": 4, "pips": False, "score_model": None}
+UNSHARED = EVOLUTION | {"writes": True}
+
+
+def write_in_place(module, arguments):
+    arguments[0].mul_(1)
+
+
+def quiet(out, seed=0, first=0, writes=False, **options):
     net = make_supernet(small_net(seed), BilaterallyCoupled(), graph=small_graph(), k=4)
+    if writes:
+        net.model.register_forward_pre_hook(write_in_place)
     loader = [small_batch(first + i) for i in range(3)]
     return search(net, loader, "0.5x", loss=F.cross_entropy, device="cpu", out=out, progress=False, **options)
 
@@ -118,6 +149,25 @@ def test_two_processes_search_as_one_to_the_last_bit(alone, tmp_path):
     trials = json.loads((alone / "search.json").read_text())["trials"]
     assert [out[0] for out in outputs] == [str(len(trials)), "0"]
     assert outputs[0][1:] == outputs[1][1:]
+
+
+def test_one_process_may_find_out_alone_that_runs_cannot_be_shared(tmp_path):
+    """A generation has three networks at most, so the second process judges one of them, and one shares nothing."""
+    quiet(tmp_path / "one", **UNSHARED)
+    pair(tmp_path / "both", "unshared")
+    for name in ("search-journal.jsonl", "search.json"):
+        assert (tmp_path / "both-unshared" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_two_processes_share_stand_alone_trainings_which_are_those_of_one(tmp_path):
+    quiet(tmp_path / "one", **CALIBRATED)
+    assert len(trained) == 5
+    outputs = [out.split() for out in pair(tmp_path / "both", "calibrated")]
+    assert [out[-1] for out in outputs] == ["3", "2"]
+    for name in ("search-journal.jsonl", "search.json"):
+        one = (tmp_path / "one" / name).read_bytes()
+        assert (tmp_path / "both-calibrated" / name).read_bytes() == one
+    assert len(json.loads(one)["settings"]["prediction"]["calibrations"]) == 5
 
 
 def test_processes_with_different_data_are_refused(tmp_path):

@@ -52,7 +52,7 @@ class _Counting(Evaluator):
         return super()._judge(units, name, path)
 
     def _fill(self, sharing: Any, who: int, widths: Mapping[str, int], path: int, batch: int) -> bool:
-        self._count(widths, self.batches[batch - self._numbers[0]][2])
+        self._count(widths, self._batch(batch)[2])
         return super()._fill(sharing, who, widths, path, batch)
 
     def _count(self, widths: Mapping[str, int], examples: int) -> None:

@@ -249,6 +249,10 @@ class Evaluator:
             seen += n
         return total / seen, correct / seen if all(top1 is not None for _, top1 in parts) else None
 
+    def _batch(self, number: int) -> Batch:
+        """Return a batch by its number in all of the data."""
+        return self.batches[number - self._numbers[0]]
+
     def _part(self, batch: Batch, run: Callable[[Any], Any]) -> Part:
         """Return loss and accuracy on one batch."""
         inputs, targets, _ = batch
@@ -301,8 +305,7 @@ class Evaluator:
         """Run one vector on one path and batch; ``False`` if that cannot be shared, and then nothing has changed."""
         before = generator_states(self.device)
         try:
-            inputs_and_targets = self.batches[batch - self._numbers[0]]
-            part = self._part(inputs_and_targets, lambda inputs: sharing.run(who, path, batch, inputs))
+            part = self._part(self._batch(batch), lambda inputs: sharing.run(who, path, batch, inputs))
             if same_states(before, generator_states(self.device)):
                 self._parts[_name(widths), path, batch] = part
                 return True
@@ -336,7 +339,7 @@ def _rebatch(loader: Iterable[Any], batch_size: int, device: torch.device, parts
             n = len(targets) if isinstance(targets, (tuple, list)) else count_samples(inputs)
             batches.append((inputs, targets, n))
     for pairs in pending.values():
-        inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        inputs, targets = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         if not len(inputs):
             continue
         # Equal parts, so that no small remainder gets batch statistics of its own; of every kind as many in every part.

@@ -22,10 +22,10 @@ from widthkit.search.evaluator import Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.loop import judge_new, key_of, trial_of
 from widthkit.search.result import SearchResult, Trial
-from widthkit.search.rounds import from_first
 from widthkit.search.score_model import SCORE_MODELS, Observations, ScoreModel
 from widthkit.search.searcher import Searcher, WidthVector
 from widthkit.space import SearchSpace
+from widthkit.train.parallel import alone
 
 Judge = Callable[[Mapping[str, int]], Judgement]
 TrainFn = Callable[[WidthVector], float]
@@ -258,14 +258,11 @@ class GuidedSearch:
         train = self.guidance.train_fn
         if not self.guidance.calibrate or train is None:
             return
-        for row in d_optimal(design_columns(self.space, pool), self.guidance.calibrate, self.rng):
-            widths = self._named(pool[row])
-            key = "stand-alone " + key_of(widths)
-            if key not in self.known:
-                accuracy = float(from_first(partial(train, dict(widths))))
-                self.known[key] = Judgement(accuracy, math.nan, accuracy)
-                self.journal.add(key, self.known[key])
-            self.calibrations.append((widths, self.known[key].score))
+        rows = d_optimal(design_columns(self.space, pool), self.guidance.calibrate, self.rng)
+        vectors = {"stand-alone " + key_of(widths): widths for widths in map(self._named, pool[rows])}
+        for _ in judge_new(partial(_stand_alone, train), vectors, self.journal, self.known):
+            pass
+        self.calibrations = [(widths, self.known[key].score) for key, widths in vectors.items()]
 
     def _fit(self) -> None:
         scores = Observations(self._seen(), np.array([t.score for t in self.trials]))
@@ -316,3 +313,9 @@ class GuidedSearch:
         seen = {tuple(w) for w in self._seen().tolist()}
         rows = [w for w in dict.fromkeys(map(tuple, pool.tolist())) if w not in seen]
         return np.array(rows, dtype=np.int64).reshape(-1, pool.shape[1])
+
+
+def _stand_alone(train: TrainFn, widths: Mapping[str, int]) -> Judgement:
+    with alone():
+        accuracy = float(train(dict(widths)))
+    return Judgement(accuracy, math.nan, accuracy)

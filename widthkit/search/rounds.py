@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -34,7 +36,8 @@ def judge_round(judge: Any, vectors: Sequence[Mapping[str, int]]) -> Iterator[tu
         ModelError: If judging failed on another process.
     """
     n = processes()
-    order = judge.order(vectors) if hasattr(judge, "order") else list(range(len(vectors)))
+    # What a process has found out so far may change its order, and all must share out the same one.
+    order = from_first(lambda: judge.order(vectors) if hasattr(judge, "order") else list(range(len(vectors))))
     # Neighbours in this order share the most and cost about the same, so nobody waits for long.
     mine = order[process_index() :: n]
     own = _judged(judge, vectors, mine)
@@ -77,13 +80,20 @@ def _gathered(work: Callable[[], T]) -> list[T]:
     except Exception as caught:
         error = caught
     answers: list[Any] = [None] * processes()
-    dist.all_gather_object(answers, (answer, None if error is None else " ".join(f"{error}".split())))
+    message = None if error is None else " ".join(f"{error}".split())
+    dist.all_gather_object(answers, (answer, message), group=_patient(dist.group.WORLD))
     if error is not None:
         raise error
     for index, (_, failure) in enumerate(answers):
         if failure is not None:
             raise ModelError(f"process {index} failed: {failure}")
     return [found for found, _ in answers]
+
+
+@lru_cache(maxsize=1)
+def _patient(world: Any) -> Any:
+    """Make a group for plain objects that waits as long as it takes: other processes may train for hours."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=100))
 
 
 @contextmanager
@@ -110,7 +120,7 @@ def from_first(work: Callable[[], T]) -> T:
             answer[0] = work()
         except Exception as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, 0)
+    dist.broadcast_object_list(answer, 0, group=_patient(dist.group.WORLD))
     if answer[1] is not None:
         raise answer[1]
     return answer[0]  # type: ignore[no-any-return]

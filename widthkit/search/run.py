@@ -28,7 +28,7 @@ from widthkit.search.rounds import check_same, from_first, launched
 from widthkit.search.searcher import Searcher, parts_of
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
-from widthkit.train.parallel import broadcast_module, process_index, processes
+from widthkit.train.parallel import broadcast_module, process_index
 
 
 def search(
@@ -84,7 +84,8 @@ def search(
         evaluations: With a score model, how many networks the supernet judges; by default as many as the searcher alone
             would propose, but at most 256.
         calibrate: With a score model, how many networks are trained on their own, chosen by design.
-        train_fn: Trains them: widths -> accuracy (higher is better).
+        train_fn: Trains them: widths -> accuracy (higher is better). Of several processes each trains its share, and
+            :func:`~widthkit.train.train` sees one process inside; collectives of your own must not be used there.
         **options: Options of the searcher.
 
     Raises:
@@ -113,11 +114,6 @@ def search(
     if guidance is not None and chosen is None:
         settings |= guidance.settings()
     with launched(device) as place:
-        if calibrate and processes() > 1:
-            raise OptionError(
-                f"calibrate={calibrate}: stand-alone trainings run in one process, here are {processes()}; search "
-                "without torchrun, or without calibrate"
-            )
         judge = Evaluator(
             net,
             loader,

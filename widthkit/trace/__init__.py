@@ -13,7 +13,7 @@ from torch import nn
 from widthkit.clone import meta_clone, real_clone
 from widthkit.errors import ModelError, TraceError, WidthkitError
 from widthkit.graph import ChannelGraph
-from widthkit.trace.build import freeze_matching, freeze_unused, produced_dim, seed_labels, under
+from widthkit.trace.build import freeze_matching, freeze_produced, freeze_unused, seed_labels, under
 from widthkit.trace.claims import Claim, ClaimWatch
 from widthkit.trace.context import RunState, flat_tensors
 from widthkit.trace.draft import Draft
@@ -197,11 +197,9 @@ def _freeze_by_name(draft: Draft, freeze: Sequence[str], only: Sequence[str]) ->
     if only:
         chosen = {m for m in {n.rpartition(".")[0] for n in draft.seeds.labels} if any(under(m, p) for p in only)}
         missed += [p for p in only if not any(under(m, p) for m in chosen)]
-        for name, labels in draft.seeds.labels.items():
+        for name in draft.seeds.labels:
             if name.rpartition(".")[0] not in chosen and _produces(draft.model, name):
-                made = labels[produced_dim(draft.model, name)]
-                if made is not None:
-                    draft.run.store.freeze(made, "not among only=")
+                freeze_produced(draft.model, draft.run, draft.seeds, name, "not among only=")
     if missed:
         raise TraceError(f"'{missed[0]}' matches no module with parameters; see model.named_modules()")
 

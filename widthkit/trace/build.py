@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from widthkit.clone import all_names, named_tensors
 from widthkit.cost import CostModel, Polynomial, Term
@@ -17,7 +18,7 @@ from widthkit.trace.components import Components
 from widthkit.trace.context import AttributeRecord, RunState
 from widthkit.trace.labels import Labels
 
-_READ_ALONG_0 = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_READ_ALONG_0 = (nn.Embedding, nn.EmbeddingBag, _ConvTransposeNd)
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Seeds:
 def seed_labels(model: nn.Module, run: RunState) -> Seeds:
     """Label every dim of every floating-point parameter and buffer of a copy of the model, kernels excepted."""
     seeds: dict[str, tuple[Labels | None, ...]] = {}
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
     for name, tensor in named_tensors(model).items():
         if tensor.is_floating_point():
             n_labelled = 2 if id(tensor) in kernels else tensor.ndim
@@ -57,16 +58,21 @@ def freeze_matching(model: nn.Module, run: RunState, seeds: Seeds, patterns: Ite
     missed = []
     for pattern in patterns:
         hit = False
-        for name, labels in seeds.labels.items():
-            module = name.rpartition(".")[0]
-            if under(module, pattern):
+        for name in seeds.labels:
+            if under(name.rpartition(".")[0], pattern):
                 hit = True
-                made = labels[produced_dim(model, name)] if labels else None
-                if made is not None:
-                    run.store.freeze(made, reason)
+                freeze_produced(model, run, seeds, name, reason)
         if not hit:
             missed.append(pattern)
     return missed
+
+
+def freeze_produced(model: nn.Module, run: RunState, seeds: Seeds, name: str, reason: str) -> None:
+    """Freeze the width that a tensor's module produces."""
+    labels = seeds.labels[name]
+    made = labels[produced_dim(model, name)] if labels else None
+    if made is not None:
+        run.store.freeze(made, reason)
 
 
 def produced_dim(model: nn.Module, name: str) -> int:
@@ -131,7 +137,7 @@ def build_graph(
     parameters = {name for name, _ in model.named_parameters()}
     unit = solved.unit
     aliases = all_names(model)
-    turned = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
+    turned = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd)}
     infos = {
         name: replace(
             _tensor_info(name, tensor, seeds, units, unit, name in parameters, tuple(aliases[name][1:])),

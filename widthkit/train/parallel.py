@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -16,12 +17,23 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from widthkit.errors import OptionError
 
 _BUCKET_ELEMENTS = 2**23
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work by itself: what runs inside sees one process, however many were launched together."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 @contextmanager
@@ -58,6 +70,9 @@ def _make_accelerator(mixed_precision: str, device: torch.device | None) -> Any:
             raise OptionError(f"device='{device}' does not fit processes launched for {state.device.type}; drop it.")
         # Within a group, which card is ours was settled at launch.
         state.device = device if state.num_processes == 1 else state.device
+    if _ALONE.get():
+        state.num_processes, state.process_index, state.local_process_index = 1, 0, 0
+        state.distributed_type = DistributedType.NO
     if mixed_precision == "fp16" and state.device.type == "cpu":
         # Accelerate would silently train in full precision.
         raise OptionError("mixed_precision='fp16' cannot be used on a CPU; take 'no' or 'bf16'.")
@@ -79,7 +94,9 @@ def _make_accelerator(mixed_precision: str, device: torch.device | None) -> Any:
 
 
 def processes() -> int:
-    """Number of processes that train together; 1 without a process group."""
+    """Number of processes that work together; 1 without a process group, and inside :func:`alone`."""
+    if _ALONE.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -247,14 +247,18 @@ def _calmed(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
     if first <= _PRECISE:
         return 1.0, first
     as_they_were = [p.detach().clone() for p in matrices]
-    for scale, tolerance in ((0.9, None), (0.8, None), (0.7, None), (1.0, first)):
-        with torch.no_grad():
-            for parameter, values in zip(matrices, as_they_were, strict=True):
-                parameter.copy_(values * scale)
-        found = tolerance or _tolerance(model, inputs)
-        if tolerance or found <= _PRECISE:
-            break
-    return scale, found
+    for scale in (0.9, 0.8, 0.7):
+        _set_scaled(matrices, as_they_were, scale)
+        if _tolerance(model, inputs) <= _PRECISE:
+            return scale, _PRECISE
+    _set_scaled(matrices, as_they_were, 1.0)
+    return 1.0, first
+
+
+def _set_scaled(parameters: list[nn.Parameter], values: list[Tensor], scale: float) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value * scale)
 
 
 def _tolerance(model: nn.Module, inputs: Inputs) -> float:
