@@ -5,6 +5,10 @@ worse than the network it is a step from. Rounds resemble one another, so what a
 foretells its loss in this one, as a control variate (Lavenberg and Welch, Management Science 1981): only the change has
 to be measured, and changes vary less from part to part than losses do. A round goes on until no candidate is likelier
 than ``risk`` to be better than the leader, who is then known on all parts.
+
+How much a candidate's change varies from part to part differs by a factor of five: it does so most where the last step
+was in a neighbouring layer. A few parts cannot tell, so probabilities are those of Student's t with the few degrees of
+freedom that there are.
 """
 
 from __future__ import annotations
@@ -16,16 +20,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import t as student
 
 _REMEMBERED = 60
 """So many changes, and so many spreads, say what to expect of the next."""
 _ENOUGH = 5
 """From so few nothing is expected yet."""
-_PRIOR = 4.0
-"""As many degrees of freedom the spread of earlier rounds has beside a candidate's own."""
+_PRIOR = 2.0
+"""As many degrees of freedom earlier rounds have beside a candidate's own: spreads differ that much."""
+_GROWTH = 1.25
+"""By so much what is known of a candidate grows when it is measured again."""
 _TOGETHER = 2
 """How many candidates of whom something is known are measured at a time."""
+Estimate = tuple[float, float, float]
+"""Mean, variance and degrees of freedom of a loss on all parts."""
 _STATE = ("level", "before", "age", "now", "changes", "spreads")
 
 
@@ -83,8 +91,8 @@ class Race:
         return [name for name in order if self._done(name) == start], start, self.until(start)
 
     def until(self, start: int) -> int:
-        """Return up to which part to go on: as many again as are known."""
-        return min(self.parts, max(1, 2 * start))
+        """Return up to which part to go on: a quarter more than are known, at least one."""
+        return min(self.parts, max(start + 1, math.ceil(_GROWTH * start)))
 
     def start(self, loss: float, start: int, stop: int) -> None:
         """Take in the first network's mean loss on some parts."""
@@ -172,36 +180,38 @@ class Race:
         mean = (sizes * residuals).sum() / sizes.sum()
         return float((sizes * (residuals - mean) ** 2).sum() / (len(sizes) - 1))
 
-    def _spread(self, name: str) -> float:
+    def _spread(self, name: str) -> tuple[float, float]:
+        """Return the variance of a part's residual, and its degrees of freedom."""
         past = self.spreads["known" if name in self.before else "new"]
         free = len(self.now[name]) - 1
         own = self._own_spread(name) if free else 0.0
         if len(past) >= _ENOUGH:
-            return (_PRIOR * float(np.mean(past)) + free * own) / (_PRIOR + free)
-        return own if free else math.inf
+            return (_PRIOR * float(np.mean(past)) + free * own) / (_PRIOR + free), _PRIOR + free
+        return (own, free) if free else (math.inf, 1.0)
 
-    def _estimate(self, name: str) -> tuple[float, float]:
-        """Return mean and variance of a candidate's loss on all parts."""
+    def _estimate(self, name: str) -> Estimate:
+        """Return what is known of a candidate's loss on all parts."""
         done = self._done(name)
         if done == self.parts:
             # Straight from what was measured, so that equal losses tie.
-            return sum((stop - start) * loss for start, stop, loss in self.now[name]) / self.parts, 0.0
+            return sum((stop - start) * loss for start, stop, loss in self.now[name]) / self.parts, 0.0, math.inf
         old = self._level(0, self.parts) + self._old(name, 0, self.parts)
         known = len(self.changes) >= _ENOUGH and self.lazy and name in self.before
         drift = float(np.mean(self.changes)) if known else 0.0
         prior = self.age[name] * float(np.var(self.changes)) if known else math.inf
         if done == 0:
-            return (old + drift, prior) if known else (-math.inf, math.inf)
+            return (old + drift, prior, _PRIOR) if known else (-math.inf, math.inf, _PRIOR)
         change = self._change(name)
         if not math.isfinite(change):
-            return math.inf, 0.0
-        error = self._spread(name) * (1 / done - 1 / self.parts)
+            return math.inf, 0.0, math.inf
+        spread, free = self._spread(name)
+        error = spread * (1 / done - 1 / self.parts)
         if not math.isfinite(prior):
-            return old + change, error
+            return old + change, error, free
         if not math.isfinite(error):
-            return old + change, prior
+            return old + change, prior, _PRIOR
         weight = prior / (prior + error) if prior + error > 0 else 0.5
-        return old + drift + weight * (change - drift), prior * error / max(prior + error, 1e-300)
+        return old + drift + weight * (change - drift), prior * error / max(prior + error, 1e-300), free
 
     def state_dict(self) -> dict[str, Any]:
         """What goes from round to round, as JSON values."""
@@ -213,9 +223,10 @@ class Race:
             setattr(self, name, copy.deepcopy(state[name]))
 
 
-def _probability(leader: tuple[float, float], other: tuple[float, float]) -> float:
-    """Return the probability that another candidate's loss is less than the leader's."""
+def _probability(leader: Estimate, other: Estimate) -> float:
+    """Return the probability that another candidate's loss is less than the leader's (Welch, Biometrika 1947)."""
     gap, variance = other[0] - leader[0], leader[1] + other[1]
-    if variance > 0 and math.isfinite(gap):
-        return float(norm.cdf(-gap / math.sqrt(variance)))
-    return 0.0
+    if not variance > 0 or not math.isfinite(gap):
+        return 0.0
+    shares = (leader[1] / variance) ** 2 / leader[2] + (other[1] / variance) ** 2 / other[2]
+    return float(student.cdf(-gap / math.sqrt(variance), 1 / shares))

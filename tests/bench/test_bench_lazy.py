@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 
-from widthkit.bench.lazy import OPTIONS, _Counting, _search, _summary
+from widthkit.bench.lazy import OPTIONS, PARTS, _Counting, _search, _summary
 from widthkit.search.evaluator import Evaluator
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
@@ -14,7 +14,7 @@ from widthkit.testing import small_batch, small_graph, small_net
 @pytest.mark.parametrize("name", OPTIONS)
 def test_work_is_what_was_run(name, share, monkeypatch):
     net = make_supernet(small_net(), "ua", graph=small_graph(), k=4)
-    judge = _Counting(net, [small_batch(seed) for seed in range(4)], F.cross_entropy, parts=16, share=share)
+    judge = _Counting(net, [small_batch(seed) for seed in range(8)], F.cross_entropy, parts=PARTS, share=share)
     ran = []
     run = Evaluator._part
 

@@ -169,11 +169,11 @@ def test_a_race_is_as_good_a_judge_as_its_statistics():
         new = old + rng.normal(0.1, 0.3) + rng.normal(0, 0.5, size=8)
         race.tell(["a"], [new[:1].mean()], 0, 1)
         race.tell(["a"], [new[1:2].mean()], 1, 2)
-        mean, variance = race._estimate("a")
+        mean, variance, _ = race._estimate("a")
         scores.append((mean - new.mean()) / variance**0.5)
         race.tell(["a"], [new[2:4].mean()], 2, 4)
         race.tell(["a"], [new[4:].mean()], 4, 8)
-        assert race._estimate("a") == (pytest.approx(new.mean()), 0.0)
+        assert race._estimate("a") == (pytest.approx(new.mean()), 0.0, np.inf)
     assert abs(np.mean(scores)) < 0.15
     assert 0.85 < np.std(scores) < 1.25
 
@@ -246,7 +246,7 @@ def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
     options["score_model"] = None
     data = [small_batch(seed) for seed in range(2)]
     expected = whole_search(supernet(), data, "0.5x", out=tmp_path / "whole", **options)
-    left = iter(range(5))
+    left = iter(range(3))
 
     def stop(trial, progress):
         if next(left, None) is None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from widthkit.bench.files import write
 from widthkit.bench.small import MODELS
@@ -25,13 +29,14 @@ from widthkit.supernet import Supernet, make_supernet
 from widthkit.train import DataSplits, load_data, make_loader, train
 from widthkit.train.losses import cross_entropy
 
-PARTS = 16
+PARTS = 32
+CAREFUL = 0.001
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "lazy": {"lazy": True, "risk": 0.02},
-    "race": {"race": PARTS},
-    "lazy race": {"lazy": True, "race": PARTS},
-    "lazy race, bold": {"lazy": True, "race": PARTS, "risk": 0.1},
+    "lazy": {"lazy": True, "risk": CAREFUL},
+    "race": {"race": PARTS, "risk": CAREFUL},
+    "lazy race": {"lazy": True, "race": PARTS, "risk": CAREFUL},
+    "lazy race, bold": {"lazy": True, "race": PARTS, "risk": 0.05},
 }
 OTHER = "plain, other images"
 """The yardstick: what the plain loop decides on as many other held-out images."""
@@ -71,6 +76,7 @@ def run(
     data_dir: str | None,
     limit: int | None,
     images: int,
+    jobs: int,
     out: Path | None,
 ) -> None:
     """Train a supernet per seed, search it with every set of options, and compare the final widths.
@@ -78,45 +84,71 @@ def run(
     Losses are those of images that no search has seen. Work is in MACs over all judged examples; what sharing saves
     comes on top and shows in the seconds. The yardstick searches images of its own, and is judged on the same others.
     """
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "limit": limit,
+        "images": images,
+        "epochs": epochs,
+        "k": k,
+        "image_size": image_size,
+        "budget": budget,
+    }
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
-    names = [*OPTIONS, OTHER]
-    for seed in range(seeds):
-        splits = load_data(data, data_dir=data_dir, image_size=image_size, in_channels=3, seed=seed, limit=limit)
-        net = trained(model, splits, seed, epochs, k, image_size)
-        judge, other, fresh = _judges(net, splits, images)
-        found: dict[str, Any] = {"seed": seed}
-        for name in names:
-            result = _search(net, other if name == OTHER else judge, budget, OPTIONS.get(name, {}))
-            result["fresh_loss"] = fresh(result["widths"]).loss
-            plain = found.setdefault("plain", result)
-            result["same"] = result["widths"] == plain["widths"]
-            result["groups_that_differ"] = sum(w != plain["widths"][g] for g, w in result["widths"].items())
-            result["loss_above_plain"] = result["fresh_loss"] - plain["fresh_loss"]
-            result["work_gain"] = plain["work"]["macs"] / result["work"]["macs"]
-            found[name] = result
-            Console().print(
-                f"seed {seed}, {name}: {result['work_gain']:.1f}x less work, {result['process_seconds']:.1f} s, loss "
-                f"{result['fresh_loss']:.4f} ({result['loss_above_plain']:+.4f}), "
-                f"{result['groups_that_differ']} groups differ",
-                highlight=False,
-            )
-        rows.append(found)
-        summary = {name: _summary([row[name] for row in rows]) for name in names}
-        settings: dict[str, Any] = {
-            "model": model,
-            "data": data,
-            "limit": limit,
-            "images": images,
-            "epochs": epochs,
-            "k": k,
-            "image_size": image_size,
-            "budget": budget,
-            "groups": len(net.space.names),
-        }
-        write(out, "lazy", rows, summary=summary, options=OPTIONS, **settings)
+    # A process of its own for every seed, with the threads of this one.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        for row in pool.map(partial(compare, data_dir=data_dir, **settings), range(seeds)):
+            rows.append(row)
+            summary = {name: _summary([row[name] for row in rows]) for name in (*OPTIONS, OTHER)}
+            write(out, "lazy", rows, summary=summary, options=OPTIONS, jobs=jobs, **settings)
     for name, line in summary.items():
         Console().print(f"{name}: {line}", highlight=False)
+
+
+def compare(
+    seed: int,
+    model: str,
+    data: str,
+    data_dir: str | None,
+    limit: int,
+    images: int,
+    epochs: int,
+    k: int,
+    image_size: int,
+    budget: str,
+) -> dict[str, Any]:
+    """Train one supernet, search it in all ways, and return what they found."""
+    splits = load_data(data, data_dir=data_dir, image_size=image_size, in_channels=3, seed=seed)
+    n = len(splits.train)  # type: ignore[arg-type]
+    held_out: Any = ConcatDataset([splits.valid, Subset(splits.train, range(min(limit, n), n))])
+    if 2 * images > len(held_out):
+        raise OptionError(f"images={images}: two searches need twice as many held-out images; here are {len(held_out)}")
+    splits = replace(splits, train=Subset(splits.train, range(min(limit, n))))
+    net = trained(model, splits, seed, epochs, k, image_size)
+    judge, other = (
+        _Counting(net, make_loader(Subset(held_out, part), 512, train=False), cross_entropy(), parts=PARTS)
+        for part in (range(images), range(images, 2 * images))
+    )
+    size = max(n for _, _, n in judge.batches)
+    fresh = Evaluator(net, make_loader(splits.test, 512, train=False), cross_entropy(), batch_size=size)
+    found: dict[str, Any] = {"seed": seed, "groups": len(net.space.names)}
+    for name in (*OPTIONS, OTHER):
+        result = _search(net, other if name == OTHER else judge, budget, OPTIONS.get(name, {}))
+        result["fresh_loss"] = fresh(result["widths"]).loss
+        plain = found.setdefault("plain", result)
+        result["same"] = result["widths"] == plain["widths"]
+        result["groups_that_differ"] = sum(w != plain["widths"][g] for g, w in result["widths"].items())
+        result["loss_above_plain"] = result["fresh_loss"] - plain["fresh_loss"]
+        result["work_gain"] = plain["work"]["macs"] / result["work"]["macs"]
+        found[name] = result
+        Console().print(
+            f"seed {seed}, {name}: {result['work_gain']:.1f}x less work, {result['process_seconds']:.1f} s, loss "
+            f"{result['fresh_loss']:.4f} ({result['loss_above_plain']:+.4f}), "
+            f"{result['groups_that_differ']} groups differ",
+            highlight=False,
+        )
+    return found
 
 
 def _summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -149,19 +181,6 @@ def trained(model: str, splits: DataSplits, seed: int, epochs: int, k: int, imag
     loader = make_loader(splits.train, 64, train=True, seed=seed)
     train(net, loader, epochs, lr=0.05, seed=seed, progress=False, clip_grad=5.0)
     return net
-
-
-def _judges(net: Supernet, splits: DataSplits, images: int) -> tuple[_Counting, _Counting, Evaluator]:
-    """Two evaluators on different held-out images, and one on test images, all in batches of the same size."""
-    held_out = sum(len(targets) for _, targets in make_loader(splits.valid, 512, train=False))
-    if 2 * images > held_out:
-        raise OptionError(f"images={images}: two searches need twice as many held-out images; here are {held_out}")
-    searched = [Subset(splits.valid, range(start, start + images)) for start in (0, images)]
-    ours, others = (
-        _Counting(net, make_loader(part, 512, train=False), cross_entropy(), parts=PARTS) for part in searched
-    )
-    size = max(n for _, _, n in ours.batches)
-    return ours, others, Evaluator(net, make_loader(splits.test, 512, train=False), cross_entropy(), batch_size=size)
 
 
 def _search(net: Supernet, judge: _Counting, budget: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,9 +208,10 @@ def bench_lazy(
     ),
     data: Annotated[str, typer.Option(help="Data set, as in train")] = "fashion-mnist",
     data_dir: DataDir = None,
-    limit: Annotated[int | None, typer.Option(help="Most images per part of the data")] = 6000,
-    images: Annotated[int, typer.Option(help="Held-out images of a search")] = 2048,
-    seeds: Annotated[int, typer.Option(help="Supernets")] = 10,
+    limit: Annotated[int, typer.Option(help="Images a supernet is trained on; the others are held out", min=1)] = 6000,
+    images: Annotated[int, typer.Option(help="Held-out images of a search", min=1)] = 8192,
+    seeds: Annotated[int, typer.Option(help="Supernets", min=1)] = 10,
+    jobs: Annotated[int, typer.Option(help="Supernets at a time, each in a process", min=1)] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs of each")] = 5,
     k: Annotated[int, typer.Option(help="Choices per group")] = 4,
     image_size: Annotated[int, typer.Option(help="Image size")] = 16,
@@ -220,4 +221,4 @@ def bench_lazy(
     """Compare greedy's lazy rounds and races with the plain loop: work, widths, and loss on fresh images."""
     from widthkit.bench.lazy import run
 
-    run(model, seeds, epochs, k, image_size, budget, data, data_dir, limit, images, out)
+    run(model, seeds, epochs, k, image_size, budget, data, data_dir, limit, images, jobs, out)
