@@ -28,6 +28,8 @@ _ENOUGH = 5
 """From so few nothing is expected yet."""
 _PRIOR = 2.0
 """As many degrees of freedom earlier rounds have beside a candidate's own: spreads differ that much."""
+_TAILS = 4.0
+"""Degrees of freedom of changes from one round to the next."""
 _GROWTH = 1.25
 """By so much what is known of a candidate grows when it is measured again."""
 _TOGETHER = 2
@@ -200,7 +202,7 @@ class Race:
         drift = float(np.mean(self.changes)) if known else 0.0
         prior = self.age[name] * float(np.var(self.changes)) if known else math.inf
         if done == 0:
-            return (old + drift, prior, _PRIOR) if known else (-math.inf, math.inf, _PRIOR)
+            return (old + drift, prior, _TAILS) if known else (-math.inf, math.inf, 1.0)
         change = self._change(name)
         if not math.isfinite(change):
             return math.inf, 0.0, math.inf
@@ -209,7 +211,7 @@ class Race:
         if not math.isfinite(prior):
             return old + change, error, free
         if not math.isfinite(error):
-            return old + change, prior, _PRIOR
+            return old + change, prior, _TAILS
         weight = prior / (prior + error) if prior + error > 0 else 0.5
         return old + drift + weight * (change - drift), prior * error / max(prior + error, 1e-300), free
 

@@ -30,12 +30,11 @@ from widthkit.train import DataSplits, load_data, make_loader, train
 from widthkit.train.losses import cross_entropy
 
 PARTS = 32
-CAREFUL = 0.001
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "lazy": {"lazy": True, "risk": CAREFUL},
-    "race": {"race": PARTS, "risk": CAREFUL},
-    "lazy race": {"lazy": True, "race": PARTS, "risk": CAREFUL},
+    "lazy": {"lazy": True, "risk": 0.03},
+    "race": {"race": PARTS, "risk": 0.001},
+    "lazy race": {"lazy": True, "race": PARTS, "risk": 0.005},
     "lazy race, bold": {"lazy": True, "race": PARTS, "risk": 0.05},
 }
 OTHER = "plain, other images"
