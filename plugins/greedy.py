@@ -33,7 +33,8 @@ class GreedySearcher(Searcher):
         rng: Not used; greedy slimming draws nothing.
         lazy: Judge again only what may be the best.
         race: Into how many parts the held-out data are divided, each a batch or more; 1 is no race.
-        risk: Most probability of being the best with which a candidate is not looked at further.
+        risk: Most probability of being the best with which a candidate is not looked at further; nominal, so that
+            small values are no luxury (docs/evaluation.md has what came of them).
     """
 
     def __init__(

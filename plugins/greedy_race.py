@@ -6,9 +6,9 @@ foretells its loss in this one, as a control variate (Lavenberg and Welch, Manag
 to be measured, and changes vary less from part to part than losses do. A round goes on until no candidate is likelier
 than ``risk`` to be better than the leader, who is then known on all parts.
 
-How much a candidate's change varies from part to part differs by a factor of five: it does so most where the last step
-was in a neighbouring layer. A few parts cannot tell, so probabilities are those of Student's t with the few degrees of
-freedom that there are.
+How much a change varies from part to part differs between candidates, and a few parts cannot tell; so probabilities are
+those of Student's t with the few degrees of freedom that there are. They are nominal: what earlier rounds estimated on
+parts that they did not measure is taken as known, so mistakes are more frequent than ``risk`` says.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr
 
 _REMEMBERED = 60
 """So many changes, and so many spreads, say what to expect of the next."""
@@ -86,7 +86,7 @@ class Race:
         return asked[:_TOGETHER], start, stop
 
     def _next(self, order: Sequence[str]) -> tuple[list[str], int, int]:
-        """Return those of whom the least is known, and as many parts again as are known of them."""
+        """Return those of whom the least is known, and the parts that come next for them."""
         if not order:
             return [], 0, 0
         start = min(self._done(name) for name in order)
@@ -231,4 +231,4 @@ def _probability(leader: Estimate, other: Estimate) -> float:
     if not variance > 0 or not math.isfinite(gap):
         return 0.0
     shares = (leader[1] / variance) ** 2 / leader[2] + (other[1] / variance) ** 2 / other[2]
-    return float(student.cdf(-gap / math.sqrt(variance), 1 / shares))
+    return float(stdtr(1 / shares, -gap / math.sqrt(variance)))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import stdtr
+from scipy.stats import norm, ttest_ind_from_stats
 from torch import nn
 from widthkit_plugins.greedy import GreedySearcher
-from widthkit_plugins.greedy_race import Race
+from widthkit_plugins.greedy_race import Race, _probability
 
 from widthkit.budget import parse_budget
 from widthkit.errors import DataError, OptionError, PluginError
@@ -259,6 +261,35 @@ def test_an_interrupted_race_goes_on_to_the_same_result(tmp_path):
     assert journal.startswith((tmp_path / "cut" / "search-journal.jsonl").read_text())
     assert whole_search(supernet(), data, "0.5x", out=tmp_path / "cut", resume=True, **options) == expected
     assert (tmp_path / "cut" / "search-journal.jsonl").read_text() == journal
+
+
+def test_the_probability_of_being_better_is_welchs():
+    """Means of samples of different sizes and spreads, against scipy's own test."""
+    cases = [((0.1, 2.0, 9), (0.7, 0.5, 4)), ((1.0, 0.1, 3), (1.2, 3.0, 30))]
+    for a, b in cases:
+        p = ttest_ind_from_stats(*a, *b, equal_var=False, alternative="greater").pvalue
+        assert _probability(*((mean, std**2 / n, n - 1) for mean, std, n in (a, b))) == pytest.approx(1 - p)
+
+
+def test_a_race_is_not_surer_than_its_few_parts_allow():
+    """Candidates' spreads differ; a fraction q of what is measured lies below its own quantile q."""
+    rng = np.random.default_rng(0)
+    tails, normal = [], []
+    for _ in range(1500):
+        race = Race(16, False, 0.05)
+        race.start(0.0, 0, 16)
+        # What the spread of earlier rounds is worth: two degrees of freedom.
+        sd = 0.5 * np.sqrt(2 / rng.chisquare(2))
+        race.spreads["new"] = [0.25] * 60
+        new = rng.normal(0, sd, size=16)
+        for part in range(3):
+            race.tell(["a"], [new[part]], part, part + 1)
+        mean, variance, free = race._estimate("a")
+        score = (mean - new.mean()) / variance**0.5
+        tails.append(stdtr(free, score))
+        normal.append(norm.cdf(score))
+    assert np.mean(np.array(tails) < 0.02) == pytest.approx(0.02, abs=0.01)
+    assert np.mean(np.array(normal) < 0.02) > 0.03, "the normal distribution is surer than it may be"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SCRIPT = """
 import os, sys, time, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_search_processes import CALIBRATED, GUIDED, UNSHARED, quiet, trained
+from test_search_processes import CALIBRATED, GUIDED, UNSHARED, fails, quiet, sleeps, trained
 rank, task = int(os.environ.get("RANK", 0)), sys.argv[3]
 if task == "slow":
     from widthkit.search.evaluator import Evaluator
@@ -55,12 +55,23 @@ if task == "tight":
 seen = []
 out = sys.argv[2] + ("" if rank == 0 else "-other")
 options = dict(seed=rank, resume=True, on_trial=lambda t, p: seen.append(t))
-found = quiet(out, **options | ({"memory": 100, "batch_size": 8} if task == "tight" else {}))
-print(len(seen), found.score.hex())
+if task not in ("patient", "fails"):
+    found = quiet(out, **options | ({"memory": 100, "batch_size": 8} if task == "tight" else {}))
+    print(len(seen), found.score.hex())
 if task == "guided too":
     print(quiet(out + "-guided", **options, **GUIDED).score.hex())
 if task == "unshared":
     print(quiet(out + "-unshared", **options, **UNSHARED).score.hex())
+if task == "patient":
+    from datetime import timedelta
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+    print(quiet(out + "-patient", **options, **CALIBRATED | {"train_fn": sleeps}).score.hex())
+if task == "fails":
+    try:
+        quiet(out, **options, **CALIBRATED | {"train_fn": fails})
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+    sys.exit()
 if task == "calibrated":
     print(quiet(out + "-calibrated", **options, **CALIBRATED).score.hex(), len(trained))
 if torch.distributed.is_initialized():
@@ -81,6 +92,20 @@ def train_alone(widths):
 
 
 CALIBRATED = {"searcher": "random", "n": 9, "evaluations": 4, "calibrate": 5, "train_fn": train_alone}
+
+
+def sleeps(widths):
+    if os.environ["RANK"] == "1":
+        time.sleep(3)
+    return sum(widths.values())
+
+
+def fails(widths):
+    """The second process fails at its second network."""
+    trained.append(widths)
+    if os.environ["RANK"] == "1" and len(trained) == 2:
+        raise RuntimeError("out of luck")
+    return sum(widths.values())
 
 
 EVOLUTION = {"searcher": "evolution", "population": 3, "generations": 4, "pips": False, "score_model": None}
@@ -168,6 +193,19 @@ def test_two_processes_share_stand_alone_trainings_which_are_those_of_one(tmp_pa
         one = (tmp_path / "one" / name).read_bytes()
         assert (tmp_path / "both-calibrated" / name).read_bytes() == one
     assert len(json.loads(one)["settings"]["prediction"]["calibrations"]) == 5
+
+
+def test_what_others_have_trained_is_kept_when_one_process_fails(tmp_path):
+    outputs = pair(tmp_path / "out", "fails")
+    assert outputs == ["ModelError: process 1 failed: out of luck\n", "RuntimeError: out of luck\n"]
+    # The first network of each process, and the second of the first.
+    assert (tmp_path / "out" / "search-journal.jsonl").read_text().count("stand-alone") == 3
+
+
+def test_processes_wait_for_one_that_trains_longer_than_collectives_usually_may(tmp_path):
+    outputs = pair(tmp_path / "out", "patient")
+    assert len(outputs[0].split()) == 1
+    assert outputs[0] == outputs[1]
 
 
 def test_processes_with_different_data_are_refused(tmp_path):

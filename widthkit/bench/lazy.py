@@ -95,7 +95,7 @@ def run(
     }
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
-    # A process of its own for every seed, with the threads of this one.
+    # Processes of their own, with the threads of this one.
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         for row in pool.map(partial(compare, data_dir=data_dir, **settings), range(seeds)):
             rows.append(row)

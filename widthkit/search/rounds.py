@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,11 +49,16 @@ def judge_round(judge: Any, vectors: Sequence[Mapping[str, int]]) -> Iterator[tu
     waiting: list[list[tuple[int, Judgement]]] = [[] for _ in range(n)]
     due = [list(order[i::n]) for i in range(n)]
     while any(due):
-        for index, found in enumerate(_gathered(lambda: next(own, None))):
+        answers, error = _gathered(lambda: next(own, None))
+        for index, found in enumerate(answers):
             if isinstance(found, Piece):
                 yield found
             elif found is not None:
                 waiting[index].append(found)
+        if error is not None:
+            # What the others have found out must not be lost.
+            yield from itertools.chain(*waiting)
+            raise error
         while any(due) and all(w or not d for w, d in zip(waiting, due, strict=True)):
             for w, d in zip(waiting, due, strict=True):
                 if d:
@@ -71,8 +77,8 @@ def _judged(
             yield i, judge(vectors[i])
 
 
-def _gathered(work: Callable[[], T]) -> list[T]:
-    """Do something on every process and return what all of them got, in order of the processes."""
+def _gathered(work: Callable[[], T]) -> tuple[list[T | None], Exception | None]:
+    """Do something on every process; return what all got, in order of the processes, and why one got nothing."""
     error: Exception | None = None
     answer: Any = None
     try:
@@ -82,12 +88,10 @@ def _gathered(work: Callable[[], T]) -> list[T]:
     answers: list[Any] = [None] * processes()
     message = None if error is None else " ".join(f"{error}".split())
     dist.all_gather_object(answers, (answer, message), group=_patient(dist.group.WORLD))
-    if error is not None:
-        raise error
     for index, (_, failure) in enumerate(answers):
-        if failure is not None:
-            raise ModelError(f"process {index} failed: {failure}")
-    return [found for found, _ in answers]
+        if failure is not None and error is None:
+            error = ModelError(f"process {index} failed: {failure}")
+    return [found for found, _ in answers], error
 
 
 @lru_cache(maxsize=1)
@@ -132,5 +136,5 @@ def check_same(identity: str) -> None:
     Raises:
         DataError: If they do.
     """
-    if processes() > 1 and len(set(_gathered(lambda: identity))) > 1:
+    if processes() > 1 and len(set(_gathered(lambda: identity)[0])) > 1:
         raise DataError("the processes hold different held-out data; give all of them the same loader, unsharded")

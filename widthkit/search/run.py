@@ -85,7 +85,8 @@ def search(
             would propose, but at most 256.
         calibrate: With a score model, how many networks are trained on their own, chosen by design.
         train_fn: Trains them: widths -> accuracy (higher is better). Of several processes each trains its share, and
-            :func:`~widthkit.train.train` sees one process inside; collectives of your own must not be used there.
+            :func:`~widthkit.train.train` sees one process inside; an ``Accelerator``, ``DistributedDataParallel`` or
+            collectives of your own would see all of them and must not be used there.
         **options: Options of the searcher.
 
     Raises:

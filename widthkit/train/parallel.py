@@ -28,7 +28,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process work by itself: what runs inside sees one process, however many were launched together."""
+    """Let this process work by itself: widthkit's functions see one process, however many were launched together."""
     token = _ALONE.set(True)
     try:
         yield
@@ -66,10 +66,11 @@ def accelerator_scope(mixed_precision: str, device: torch.device | None) -> Iter
 def _make_accelerator(mixed_precision: str, device: torch.device | None) -> Any:
     state = PartialState(cpu=device is not None and device.type == "cpu")
     if device is not None:
-        if state.num_processes > 1 and device.type != state.device.type:
+        other = device.type != state.device.type
+        if state.num_processes > 1 and other and not _ALONE.get():
             raise OptionError(f"device='{device}' does not fit processes launched for {state.device.type}; drop it.")
         # Within a group, which card is ours was settled at launch.
-        state.device = device if state.num_processes == 1 else state.device
+        state.device = device if state.num_processes == 1 or other else state.device
     if _ALONE.get():
         state.num_processes, state.process_index, state.local_process_index = 1, 0, 0
         state.distributed_type = DistributedType.NO
