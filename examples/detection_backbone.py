@@ -33,7 +33,7 @@ from torchvision.transforms.functional import resize
 import widthkit as wk
 from widthkit.bench.files import write
 from widthkit.budget import parse_budget
-from widthkit.multiplier import uniform_widths
+from widthkit.search.uniform import uniform_widths
 from widthkit.train.evaluation import evaluate
 from widthkit.train.images import IMAGENET_MEAN, IMAGENET_STD
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widthkit.bench.oracles import fvcore_macs, n_params, permuted
+from benchmarks.oracles.checks import fvcore_macs, n_params, permuted
 from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray, Site
-from widthkit.plan import apply_plan, grow, make_plan
+from widthkit.graph.plan import apply_plan, grow, make_plan
 from widthkit.supernet import Supernet, make_supernet
 
 TOLERANCE = 1e-10

@@ -5,10 +5,10 @@ from widthkit.export.backbone import backbone
 from widthkit.export.dense import export
 from widthkit.export.formats import save
 from widthkit.export.save import load
-from widthkit.models import create_model
+from widthkit.modules.models import create_model
 from widthkit.search.run import search
-from widthkit.strategy import Strategy
 from widthkit.supernet import Supernet, make_supernet
+from widthkit.supernet.strategy import Strategy
 from widthkit.trace import trace
 from widthkit.train import load_data, make_loader, recalibrate, train
 from widthkit.version import __version__

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from widthkit.errors import BudgetError
 from widthkit.graph import ChannelGraph, Widths
+from widthkit.graph.space import SearchSpace
 from widthkit.latency import Conditions, LatencyModel, read_conditions
 from widthkit.latency.model import Build
-from widthkit.space import SearchSpace
 
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -8,15 +8,18 @@ somebody asks for it and does not take the others down.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
 
-from widthkit.errors import PluginError, close_matches
+from widthkit.errors import OptionError, PluginError, close_matches
 
 T = TypeVar("T")
 P = TypeVar("P")
+
+DEFAULTS = "widthkit.defaults"
+"""The entry-point group in which a package says which of its plug-ins is taken where the caller names none."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,73 @@ class Registry(Generic[T]):
         self._scan()
         return sorted(self._items)
 
+    @property
+    def default(self) -> str:
+        """The name that is taken where the caller gives none, as marked in the entry-point group ``widthkit.defaults``.
+
+        Raises:
+            PluginError: If no installed package marks one, or several do.
+        """
+        kind = self.kind.replace(" ", "_")
+        points = [p for p in entry_points(group=DEFAULTS) if p.name == kind]
+        if len(points) != 1:
+            owners = ", ".join(sorted(map(_distribution, points)))
+            why = f"{owners} each mark a default {self.kind}" if points else f"no default {self.kind} is installed"
+            raise PluginError(f"{why}; name one of: {', '.join(self.names())}")
+        item = points[0].load()
+        named = [name for name in self.names() if self._items[name] is item]
+        if not named:
+            raise PluginError(f"the default {self.kind} of {_distribution(points[0])} is not registered under a name")
+        return named[0]
+
+    def build(
+        self, plugin: Any, options: Mapping[str, Any], *given: Any, offered: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Make a plug-in from its name and options; an instance passes as it is.
+
+        Args:
+            plugin: A registered name, or an instance.
+            options: What the user set, by parameter name.
+            *given: What every plug-in of this kind gets first.
+            offered: Passed to those whose constructor has a parameter of that name, unless the user set it.
+
+        Raises:
+            PluginError: If no plug-in has that name.
+            OptionError: If it does not take one of the options, or not with that value.
+        """
+        if not isinstance(plugin, str):
+            return self._instance(plugin, options)
+        cls: Any = self.get(plugin)
+        parameters = inspect.signature(cls).parameters
+        known = [name for name, p in list(parameters.items())[len(given) :] if p.kind is not p.VAR_KEYWORD]
+        unknown = sorted(set(options) - set(known))
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            hint = f"its options are: {', '.join(known)}" if known else "it has none"
+            raise OptionError(f"{self.kind} '{plugin}' has no option '{unknown[0]}'; {hint}")
+        self._check_types(plugin, cls, options)
+        more = {name: value for name, value in (offered or {}).items() if name in parameters and name not in options}
+        try:
+            return cls(*given, **options, **more)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{self.kind} '{plugin}': {' '.join(str(error).split())}") from error
+
+    def _instance(self, plugin: Any, options: Mapping[str, Any]) -> Any:
+        if options:
+            raise OptionError(f"options {sorted(options)} go with a {self.kind} name, not with an instance")
+        if self.base is not None and not isinstance(plugin, self.base):
+            made = f"; write {plugin.__name__}(...)" if isinstance(plugin, type) else ""
+            raise OptionError(f"a {self.kind} is a registered name or an instance, not {plugin!r}{made}")
+        return plugin
+
+    def _check_types(self, plugin: str, cls: Any, options: Mapping[str, Any]) -> None:
+        hints = get_type_hints(cls.__init__) if options else {}
+        for name, value in options.items():
+            wanted = hints.get(name)
+            if wanted in _SIMPLE and (
+                not isinstance(value, _SIMPLE[wanted]) or isinstance(value, bool) != (wanted is bool)
+            ):
+                raise OptionError(f"{self.kind} '{plugin}': {name} must be {_NAMES[wanted]}, not {value!r}")
+
     def infos(self) -> Iterator[PluginInfo]:
         """Describe every plug-in, broken ones included."""
         self._scan()
@@ -131,6 +201,10 @@ class Registry(Generic[T]):
         # A module may also call sys.exit() while it is imported.
         except (Exception, SystemExit) as error:
             self._failed[point.name, owner] = f"{self.kind} '{point.name}' of {owner} cannot be used: {_why(error)}"
+
+
+_SIMPLE: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _why(error: BaseException) -> str:

@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from widthkit.graph import IntArray
-from widthkit.space import GroupChoices
-from widthkit.strategy import StepCost, Strategy, train_path
+from widthkit.graph.space import GroupChoices
 from widthkit.supernet import Supernet
+from widthkit.supernet.strategy import StepCost, Strategy, train_path
 from widthkit.train import StepContext
 
 

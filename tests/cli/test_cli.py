@@ -14,8 +14,8 @@ from command import here
 
 import widthkit as wk
 from widthkit.errors import OptionError
-from widthkit.pipeline import Folder, RunConfig
 from widthkit.report.run import remarks
+from widthkit.run.pipeline import Folder, RunConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--data", "digits", "--image-size", "32", "--limit", "60", "--batch-size", "30", "--k", "4", "--lr", "0.01"]
@@ -296,7 +296,7 @@ def test_a_search_in_stages_on_the_command_line(tmp_path, capfd, monkeypatch):
     out = tmp_path / "staged"
     data = ["--data", "digits", "--image-size", "16", "--limit", "60", "--batch-size", "30", "--lr", "0.01"]
     options = ["--bins", "2", "--min-width", "2", "--divisor", "2", "--fix", "3=20", "--epochs", "1"]
-    done = here(capfd, monkeypatch, "train", "widthkit.bench.nets:plain_cnn", *data, *options, "--out", out)
+    done = here(capfd, monkeypatch, "train", "benchmarks.nets:plain_cnn", *data, *options, "--out", out)
     assert done.returncode == 0, done.stderr
     search = ["search", out, "--budget", "0.5x,0.7x", "--searcher", "random", "--searcher-option", "n=3"]
     search += ["--stages", "2", "--alpha", "2"]
@@ -312,7 +312,7 @@ def test_a_search_in_stages_on_the_command_line(tmp_path, capfd, monkeypatch):
     assert json.loads((out / "search.json").read_text()) == found
     done = here(capfd, monkeypatch, "export", out)
     assert done.returncode == 0, done.stderr
-    slim = wk.load(out / "slim", allow=["widthkit.bench.nets:plain_cnn"])
+    slim = wk.load(out / "slim", allow=["benchmarks.nets:plain_cnn"])
     assert sum(p.numel() for p in slim.parameters()) == found["params"]
 
 
@@ -320,9 +320,7 @@ def test_stages_need_bins(tmp_path, capfd, monkeypatch):
     out = tmp_path / "plain"
     data = ["--data", "digits", "--image-size", "16", "--limit", "60", "--batch-size", "30", "--lr", "0.01"]
     assert (
-        here(
-            capfd, monkeypatch, "train", "widthkit.bench.nets:plain_cnn", *data, "--epochs", "1", "--out", out
-        ).returncode
+        here(capfd, monkeypatch, "train", "benchmarks.nets:plain_cnn", *data, "--epochs", "1", "--out", out).returncode
         == 0
     )
     done = here(capfd, monkeypatch, "search", out, "--stages", "2")
@@ -345,7 +343,7 @@ def test_stages_need_bins(tmp_path, capfd, monkeypatch):
     ids=str,
 )
 def test_refusals_name_the_options_that_people_write(options, named, tmp_path, capfd, monkeypatch):
-    slim = ["slim", "widthkit.bench.nets:plain_cnn", "--data", "digits", "--limit", "60", "--out", tmp_path / "out"]
+    slim = ["slim", "benchmarks.nets:plain_cnn", "--data", "digits", "--limit", "60", "--out", tmp_path / "out"]
     done = here(capfd, monkeypatch, *slim, *options)
     assert done.returncode == 2
     assert named in done.stderr

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from widthkit_plugins.bc import BilaterallyCoupled
-from widthkit_plugins.bcv2 import BilaterallyCoupledV2
-from widthkit_plugins.ua import UniversallyAligned
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.bcv2 import BilaterallyCoupledV2
+from widthkit_plugins.strategies.ua import UniversallyAligned
 
-from widthkit.bench.activations import count_saved, one_backward
+from benchmarks.strategy_memory import count_saved, one_backward
 from widthkit.errors import OptionError
-from widthkit.space import GroupChoices, SearchSpace
+from widthkit.graph.space import GroupChoices, SearchSpace
 from widthkit.supernet import make_supernet
 from widthkit.testing import StrategyConformance, make_step
 

@@ -3,11 +3,11 @@
 from functools import partial
 
 import pytest
-from widthkit_plugins.bc import BilaterallyCoupled
-from widthkit_plugins.greedy import GreedySearcher
-from widthkit_plugins.random_search import RandomSearcher
-from widthkit_plugins.ua import UniversallyAligned
-from widthkit_plugins.uniform import UniformSearcher
+from widthkit_plugins.searchers.greedy import GreedySearcher
+from widthkit_plugins.searchers.random_search import RandomSearcher
+from widthkit_plugins.searchers.uniform import UniformSearcher
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.ua import UniversallyAligned
 
 from widthkit.testing import SearcherConformance, StrategyConformance
 

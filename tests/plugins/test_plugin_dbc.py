@@ -6,8 +6,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from widthkit_plugins.dbc import DepthwiseBinary
-from widthkit_plugins.dbc_policy import ExactMacs
+from widthkit_plugins.strategies.dbc.policy import ExactMacs
+from widthkit_plugins.strategies.dbc.strategy import DepthwiseBinary
 
 import widthkit as wk
 from widthkit.errors import BudgetError, CheckpointError, OptionError

@@ -6,11 +6,11 @@ from functools import partial
 import numpy as np
 import pytest
 from torch import nn
-from widthkit_plugins.evolution import EvolutionSearcher
+from widthkit_plugins.searchers.evolution.searcher import EvolutionSearcher
 
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
-from widthkit.space import uniform_space
+from widthkit.graph.space import uniform_space
 from widthkit.testing import SearcherConformance
 from widthkit.trace import trace
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from widthkit_plugins.locally_free import LocallyFree
+from widthkit_plugins.strategies.locally_free import LocallyFree
 
 from widthkit.errors import OptionError
+from widthkit.graph.space import GroupChoices
 from widthkit.search.evaluator import Evaluator
-from widthkit.space import GroupChoices
 from widthkit.supernet import make_supernet
 from widthkit.testing import StrategyConformance, make_step
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import widthkit as wk
 from widthkit.search.evaluator import Evaluator
-from widthkit.strategy import STRATEGIES
+from widthkit.supernet.strategy import STRATEGIES
 from widthkit.testing import make_step
 
 MODELS = {

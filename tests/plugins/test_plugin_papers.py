@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from widthkit_plugins.bc import BilaterallyCoupled
-from widthkit_plugins.ua import UniversallyAligned
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.ua import UniversallyAligned
 
 from widthkit.errors import OptionError
-from widthkit.space import GroupChoices, SearchSpace
-from widthkit.strategy import can_distill
+from widthkit.graph.space import GroupChoices, SearchSpace
 from widthkit.supernet import make_supernet
+from widthkit.supernet.strategy import can_distill
 from widthkit.testing import make_step
 from widthkit.train.losses import cross_entropy
 

@@ -9,7 +9,7 @@ import pytest
 import widthkit.registry
 from widthkit.errors import OptionError, PluginError
 from widthkit.registry import PluginInfo, Registry
-from widthkit.strategy import make_strategy
+from widthkit.supernet.strategy import make_strategy
 
 
 class Base(ABC):
@@ -200,7 +200,7 @@ def test_functions_are_plugins_where_no_base_is_asked_for(make):
 
 def test_the_built_in_plugins_come_in_through_the_same_door():
     from widthkit.search import SEARCHERS
-    from widthkit.strategy import STRATEGIES
+    from widthkit.supernet.strategy import STRATEGIES
 
     assert {"ua", "bc"} <= set(STRATEGIES.names())
     assert {"greedy", "random", "uniform"} <= set(SEARCHERS.names())

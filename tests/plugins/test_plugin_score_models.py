@@ -5,10 +5,10 @@ import pytest
 from scipy.optimize import approx_fprime, minimize
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import Ridge
-from widthkit_plugins.evidence import Evidence, Layout, Source, constrain
-from widthkit_plugins.gaussian_process import GaussianProcessModel
-from widthkit_plugins.log_linear import LogLinearModel
-from widthkit_plugins.log_linear_features import Features
+from widthkit_plugins.score_models.gaussian_process import GaussianProcessModel
+from widthkit_plugins.score_models.log_linear.evidence import Evidence, Layout, Source, constrain
+from widthkit_plugins.score_models.log_linear.features import Features
+from widthkit_plugins.score_models.log_linear.model import LogLinearModel
 
 from widthkit.errors import OptionError
 from widthkit.search.score_model import Observations

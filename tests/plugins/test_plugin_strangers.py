@@ -8,19 +8,19 @@ from widthkit.cli import main
 from widthkit.errors import PluginError
 from widthkit.registry import Registry
 from widthkit.search.searcher import Searcher
-from widthkit.strategy import STRATEGIES, Strategy
+from widthkit.supernet.strategy import STRATEGIES, Strategy
 from widthkit.trace.rules import RULES
 
 STRATEGY = '''
 from dataclasses import dataclass
-from widthkit_plugins.ua import UniversallyAligned
+from widthkit_plugins.strategies.ua import UniversallyAligned
 
 @dataclass(frozen=True)
 class {name}(UniversallyAligned):
     """A stranger's strategy."""
 '''
 SEARCHER = '''
-from widthkit_plugins.uniform import UniformSearcher
+from widthkit_plugins.searchers.uniform import UniformSearcher
 
 class {name}(UniformSearcher):
     """A stranger's searcher."""
@@ -76,7 +76,7 @@ BROKEN = {
     "no such class": ("x = 1\n", "AttributeError"),
     "a function": ("def Thing(width): pass\n", "it must be a subclass of Strategy"),
     "abstract": (
-        "from widthkit.strategy import Strategy\nclass Thing(Strategy): pass\n",
+        "from widthkit.supernet.strategy import Strategy\nclass Thing(Strategy): pass\n",
         "it leaves capacity, combine, cost, paths, train_step undefined",
     ),
     "an argument too few": (
@@ -143,7 +143,7 @@ def test_of_two_distributions_with_one_name_the_second_is_refused(install):
 def test_a_built_in_name_cannot_be_taken_over(install):
     install("zz-usurper", STRATEGY.format(name="Mine"), {"ua": "Mine"})
     registry = strategies()
-    assert registry.get("ua").__module__ == "widthkit_plugins.ua"
+    assert registry.get("ua").__module__ == "widthkit_plugins.strategies.ua"
     assert next(i.error for i in registry.infos() if i.error).startswith("strategy 'ua' of zz-usurper cannot be used")
 
 

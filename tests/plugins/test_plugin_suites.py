@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from widthkit_plugins.bc import BilaterallyCoupled
-from widthkit_plugins.greedy import GreedySearcher
-from widthkit_plugins.random_search import RandomSearcher
-from widthkit_plugins.ua import UniversallyAligned
+from widthkit_plugins.searchers.greedy import GreedySearcher
+from widthkit_plugins.searchers.random_search import RandomSearcher
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.ua import UniversallyAligned
 
 from widthkit.errors import OptionError, PluginError
-from widthkit.strategy import StepCost, Strategy
 from widthkit.supernet import make_supernet
+from widthkit.supernet.strategy import StepCost, Strategy
 from widthkit.testing import SearcherConformance, StrategyConformance
 from widthkit.testing.examples import small_graph, small_net
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from widthkit_plugins.bc import BilaterallyCoupled
-from widthkit_plugins.bcv2 import BilaterallyCoupledV2
-from widthkit_plugins.ua import UniversallyAligned
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.bcv2 import BilaterallyCoupledV2
+from widthkit_plugins.strategies.ua import UniversallyAligned
 
 from widthkit.report import cardinality
 from widthkit.report.cardinality import count, draw

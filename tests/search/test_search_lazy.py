@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from scipy.special import stdtr
 from scipy.stats import norm, ttest_ind_from_stats
 from torch import nn
-from widthkit_plugins.greedy import GreedySearcher
-from widthkit_plugins.greedy_race import Race, _probability
+from widthkit_plugins.searchers.greedy import GreedySearcher
+from widthkit_plugins.searchers.greedy_race import Race, _probability
 
 from widthkit.budget import parse_budget
 from widthkit.errors import DataError, OptionError, PluginError
+from widthkit.graph.space import uniform_space
 from widthkit.search import search as whole_search
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.loop import run_loop
 from widthkit.search.searcher import Span
-from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import SearcherConformance, small_batch, small_graph, small_net
 from widthkit.trace import trace

@@ -8,18 +8,18 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from torch import nn
-from widthkit_plugins.evolution import EvolutionSearcher
-from widthkit_plugins.pips import potential_errors, prior_population
-from widthkit_plugins.pips_program import Bounds, fit
+from widthkit_plugins.searchers.evolution.pips import potential_errors, prior_population
+from widthkit_plugins.searchers.evolution.pips_program import Bounds, fit
+from widthkit_plugins.searchers.evolution.searcher import EvolutionSearcher
 
 import widthkit as wk
-from widthkit.bench.search import SyntheticScore, gaps, small_spaces
+from benchmarks.search import SyntheticScore, gaps, small_spaces
 from widthkit.budget import Budget, Limit, parse_budget
 from widthkit.errors import OptionError
-from widthkit.expectation import Expectation, moments
+from widthkit.graph.expectation import Expectation, moments
+from widthkit.graph.space import uniform_space
 from widthkit.search import search
 from widthkit.search.build import make_searcher
-from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from widthkit_plugins.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
 from widthkit.export import export
 from widthkit.search import search

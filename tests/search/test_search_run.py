@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from widthkit_plugins.bc import BilaterallyCoupled
-from widthkit_plugins.ua import UniversallyAligned
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.ua import UniversallyAligned
 
 from widthkit.errors import BudgetError, CheckpointError, DataError, ModelError, OptionError, PluginError
 from widthkit.export.dense import export

@@ -10,19 +10,19 @@ import pytest
 import torch.nn.functional as F
 from scipy.stats import kendalltau
 from torch import nn
-from widthkit_plugins.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
-from widthkit.bench import channel_bench
-from widthkit.bench.score_model import Benchmark, denoised
+from benchmarks import channel_bench
+from benchmarks.score_model import Benchmark, denoised
 from widthkit.budget import parse_budget
 from widthkit.errors import CheckpointError, DataError, ModelError, OptionError, PluginError, WidthsError
+from widthkit.graph.space import uniform_space
 from widthkit.search import SearchResult, search
 from widthkit.search.acquire import acquire, ask_model, climb, expected_improvement
 from widthkit.search.design import candidates, d_optimal, design_columns
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.score_model import SCORE_MODELS, Observations, Prediction, ScoreModel
 from widthkit.search.searcher import SEARCHERS
-from widthkit.space import uniform_space
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace

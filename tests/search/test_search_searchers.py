@@ -7,16 +7,16 @@ from functools import cache
 import numpy as np
 import pytest
 from torch import nn
-from widthkit_plugins.greedy import GreedySearcher
-from widthkit_plugins.random_search import RandomSearcher, draw_in_band
-from widthkit_plugins.uniform import UniformSearcher
+from widthkit_plugins.searchers.greedy import GreedySearcher
+from widthkit_plugins.searchers.random_search import RandomSearcher, draw_in_band
+from widthkit_plugins.searchers.uniform import UniformSearcher
 
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
+from widthkit.graph.space import flops_bins, uniform_space
 from widthkit.search.evaluator import Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.loop import run_loop
-from widthkit.space import flops_bins, uniform_space
 from widthkit.trace import trace
 
 

@@ -14,7 +14,7 @@ from torchvision.models.densenet import DenseNet
 from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from widthkit.bench.greedy import bounds
+from benchmarks.greedy import bounds
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.search.evaluator import Evaluator

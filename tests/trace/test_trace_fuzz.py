@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from widthkit.bench.fuzz.nets import LEAVES, NESTS, RandomNet
-from widthkit.bench.fuzz.run import _model, check, recipes
-from widthkit.bench.oracles import CheckError
+from benchmarks.fuzz.nets import LEAVES, NESTS, RandomNet
+from benchmarks.fuzz.run import _model, check, recipes
+from benchmarks.oracles.checks import CheckError
 from widthkit.trace import trace
 
 SHAPE = (1, 3, 6, 6)
@@ -46,7 +46,7 @@ def test_dilation_is_no_channel_count():
 
 
 def test_a_wrong_graph_is_noticed(monkeypatch):
-    import widthkit.bench.fuzz.run as run
+    import benchmarks.fuzz.run as run
 
     def wrong(model, graph, rng):
         model = copy.deepcopy(model)

@@ -12,7 +12,7 @@ from torch import nn
 
 from widthkit.errors import ModelError, WidthkitError, WidthsError
 from widthkit.export.dense import export
-from widthkit.plan import apply_plan, grow, make_plan
+from widthkit.graph.plan import apply_plan, grow, make_plan
 from widthkit.trace import trace
 
 SHAPE = (2, 3, 8, 8)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from widthkit_plugins.bc import BilaterallyCoupled
+from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
 import widthkit as wk
 from widthkit.errors import CheckpointError
-from widthkit.strategy import STRATEGIES
 from widthkit.supernet import make_supernet
+from widthkit.supernet.strategy import STRATEGIES
 from widthkit.testing import make_step, small_batch, small_graph, small_net
 from widthkit.train.history import WidthHistory
 

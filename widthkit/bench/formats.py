@@ -15,7 +15,7 @@ from torch import nn
 from widthkit.bench.files import write
 from widthkit.errors import ExportError
 from widthkit.export import export, save
-from widthkit.models import create_model
+from widthkit.modules.models import create_model
 from widthkit.supernet import make_supernet
 from widthkit.train import recalibrate
 

@@ -14,15 +14,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from widthkit.bench.files import write
-from widthkit.blame import describe, is_slow, slow_layers, time_layers
 from widthkit.budget import parse_budget, show_count
 from widthkit.errors import OptionError, close_matches
 from widthkit.export import export, load, origin_of
 from widthkit.export.formats import DTYPES
-from widthkit.models import ModelName, create_model, input_channels
-from widthkit.multiplier import uniform_widths
-from widthkit.space import uniform_space
-from widthkit.timing import interleaved, keep_pages
+from widthkit.graph.space import uniform_space
+from widthkit.latency.slow_layers import describe, is_slow, slow_layers, time_layers
+from widthkit.latency.timing import interleaved, keep_pages
+from widthkit.modules.models import ModelName, create_model, input_channels
+from widthkit.search.uniform import uniform_widths
 from widthkit.trace import trace
 from widthkit.train.modes import checked_device
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from widthkit.bench.files import write
 from widthkit.export import export
-from widthkit.models import create_model
+from widthkit.latency.timing import interleaved, keep_pages
+from widthkit.modules.models import create_model
 from widthkit.supernet import Supernet, make_supernet
-from widthkit.timing import interleaved, keep_pages
 
 
 def run(
@@ -25,7 +25,8 @@ def run(
 
     The step is forward and backward of the sum of squares of the outputs, with gradients set to ``None`` before, in
     training mode, at half of every width. ``naive`` is the same sub-network through autograd's own slicing.
-    ``keep`` tells the C library to keep freed pages, for all of them alike (:func:`widthkit.timing.keep_pages`).
+    ``keep`` tells the C library to keep freed pages, for all of them alike; see
+    :func:`widthkit.latency.timing.keep_pages`.
     """
     console = Console()
     rows = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from widthkit.bench.files import write
-from widthkit.models import create_model
+from widthkit.modules.models import create_model
 from widthkit.trace import trace
 
 DEFAULT = [

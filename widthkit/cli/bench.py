@@ -54,7 +54,7 @@ def bench_cost(
     out: JsonFile = None,
 ) -> None:
     """Measure how long it takes to price many width vectors."""
-    from widthkit.bench.cost import run
+    from benchmarks.cost import run
 
     run(model, vectors, out)
 
@@ -71,7 +71,7 @@ def bench_zoo(
     out: Annotated[Path | None, typer.Option(help="Write JSON lines here, and a table beside them (.md)")] = None,
 ) -> None:
     """Trace, shrink, export and check every model of a library, each in a process of its own."""
-    from widthkit.bench.zoo.run import run
+    from benchmarks.zoo.run import run
 
     run(source, only or [], peer, shard, resume, out, timeout, memory)
 
@@ -83,7 +83,7 @@ def bench_fuzz(
     out: JsonFile = None,
 ) -> None:
     """Hold random networks against the oracles; every failure is shrunk and printed as a command."""
-    from widthkit.bench.fuzz.run import run
+    from benchmarks.fuzz.run import run
 
     if run(examples, seed, out):
         raise typer.Exit(1)
@@ -102,7 +102,7 @@ def bench_predict(
     """Compare predicted latencies of random sub-networks with measured ones."""
     import torch
 
-    from widthkit.bench.predict import DEFAULT, run
+    from benchmarks.predict import DEFAULT, run
     from widthkit.latency import read_conditions
 
     torch.set_num_threads(threads)
@@ -118,7 +118,7 @@ def bench_strategy_memory(
     out: JsonFile = None,
 ) -> None:
     """Count the bytes of activations that a training step of every strategy keeps for its backwards."""
-    from widthkit.bench.activations import run
+    from benchmarks.strategy_memory import run
 
     run(model, size, batch, strategies or [], out)
 
@@ -148,9 +148,9 @@ def bench_learn(
     ),
 ) -> None:
     """Compare strategies: cost of a step, and rank correlation of supernet scores with training alone."""
-    from widthkit.bench.learn import Contender, Setup, run
-    from widthkit.bench.small import MODELS
-    from widthkit.strategy import STRATEGIES
+    from benchmarks.learn.run import Contender, Setup, run
+    from benchmarks.small import MODELS
+    from widthkit.supernet.strategy import STRATEGIES
 
     setups = [
         Setup(model, data, train_images, epochs=epochs, supernet_epochs=supernet_epochs, n_widths=widths, seeds=seeds)
@@ -178,7 +178,7 @@ def bench_greedy(
     out: JsonFile = None,
 ) -> None:
     """Judge a greedy round candidate by candidate and together; compare the gain with its bound."""
-    from widthkit.bench.greedy import DEFAULT, run
+    from benchmarks.greedy import DEFAULT, run
 
     run(models or DEFAULT, size, batch, repeats, memory, device, out)
 
@@ -191,12 +191,12 @@ def bench_search(
     seeds: Annotated[int, typer.Option(min=1, help="Scores per space and budget")] = 10,
     evaluations: Annotated[int, typer.Option(min=1, help="Most networks a search may judge")] = 200,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of the supernets for first populations; 0: skip")] = 10,
-    model: Annotated[str, typer.Option(help="Model of these supernets")] = "widthkit.bench.nets:plain_cnn",
+    model: Annotated[str, typer.Option(help="Model of these supernets")] = "benchmarks.nets:plain_cnn",
     limit: Annotated[int | None, typer.Option(help="Most images per part of the data")] = None,
     out: JsonFile = None,
 ) -> None:
     """Compare searchers with brute force, first populations with random ones, and time random draws."""
-    from widthkit.bench.search import run
+    from benchmarks.search import run
 
     run(searchers or ["evolution", "greedy", "random"], seeds, evaluations, epochs, model, limit, out)
 
@@ -219,6 +219,6 @@ def bench_lazy(
     out: JsonFile = None,
 ) -> None:
     """Compare greedy's lazy rounds and races with the plain loop: work, widths, and loss on fresh images."""
-    from widthkit.bench.lazy import run
+    from benchmarks.lazy import run
 
     run(model, seeds, epochs, k, image_size, budget, data, data_dir, limit, images, jobs, out)

@@ -24,7 +24,7 @@ def bench_score_model(
     out: JsonFile = None,
 ) -> None:
     """Rank networks of known accuracy by supernet scores: raw, smoothed, and calibrated by 32 trainings."""
-    from widthkit.bench.score_model import run
+    from benchmarks.score_model import run
     from widthkit.search.score_model import SCORE_MODELS
 
     run(data_dir, space, scores or None, seeds, budget, models or SCORE_MODELS.names(), out)

@@ -48,7 +48,7 @@ def export_command(
 def _from_run(
     run: Path, widths: Path | None, out: Path | None, formats: list[str], form: dict[str, Any], allow: list[str]
 ) -> tuple[Path, ...]:
-    from widthkit.pipeline import Folder, Job
+    from widthkit.run.pipeline import Folder, Job
 
     folder = Folder(run)
     job = Job(folder.config(), folder)

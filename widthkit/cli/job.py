@@ -117,7 +117,7 @@ def search_command(
     resume: Resume = False,
 ) -> None:
     """Search widths in a trained supernet."""
-    from widthkit.pipeline import Folder, Job
+    from widthkit.run.pipeline import Folder, Job
     from widthkit.search.outcome import describe
     from widthkit.train.parallel import process_index
 
@@ -192,7 +192,7 @@ def slim_command(
     from widthkit.report.run import report_run, table_text
 
     if stages > 1 and bins is None:
-        from widthkit.stages import first_beta
+        from widthkit.run.stages import first_beta
 
         values["bins"] = first_beta(alpha, stages)  # the last stage then has bins with beta 1
     job = _start(values)
@@ -215,7 +215,7 @@ def report_command(run: Run) -> None:
 
 def _start(values: dict[str, Any]) -> Any:
     """Build a job from a command's options."""
-    from widthkit.pipeline import Folder, Job, RunConfig
+    from widthkit.run.pipeline import Folder, Job, RunConfig
 
     settings = {name: value for name, value in values.items() if name in RunConfig.model_fields and value is not None}
     settings["model_options"] = pairs(values.get("model_option"))

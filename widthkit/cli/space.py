@@ -43,9 +43,9 @@ def space_command(
     """Show the search space of a model: choices, bins, MACs per channel of every group, and how large it is."""
     from widthkit.errors import OptionError
     from widthkit.files import atomic_write
-    from widthkit.models import create_model
+    from widthkit.graph.space import make_space
+    from widthkit.modules.models import create_model
     from widthkit.report.space import draw_space, space_json, space_text
-    from widthkit.space import make_space
     from widthkit.trace import trace
 
     if out is not None and out.suffix.lower() != ".png":

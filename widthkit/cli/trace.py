@@ -22,7 +22,7 @@ def trace_command(
     verbose: Annotated[bool, typer.Option("--verbose", help="List every tied tensor and every frozen dim")] = False,
 ) -> None:
     """Show which channels of a model belong together, and what is frozen and why."""
-    from widthkit.models import create_model
+    from widthkit.modules.models import create_model
     from widthkit.report.text import graph_json, graph_text
     from widthkit.trace import trace
 

@@ -10,9 +10,9 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from widthkit.clone import meta_clone, named_tensors, real_clone
 from widthkit.errors import ModelError, OptionError
 from widthkit.export.trunk import Link, find_trunk
+from widthkit.modules.clone import meta_clone, named_tensors, real_clone
 
 
 class Backbone(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from widthkit.clone import clone_with
 from widthkit.errors import ExportError
+from widthkit.modules.clone import clone_with
 from widthkit.trace.inputs import Inputs, Keywords, as_inputs, batch_size, candidates, float_dtype
 from widthkit.train.modes import model_device, training_flags
 

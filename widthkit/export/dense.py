@@ -12,8 +12,8 @@ from widthkit.errors import OptionError
 from widthkit.export.info import refresh_feature_info
 from widthkit.export.origin import Origin, after, origin_of, set_origin
 from widthkit.graph import ChannelGraph, IntArray, Kept
-from widthkit.plan import Plan, apply_plan, make_plan
-from widthkit.structure import Dense
+from widthkit.graph.plan import Plan, apply_plan, make_plan
+from widthkit.modules.structure import Dense
 from widthkit.supernet import Supernet
 from widthkit.trace import trace
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from widthkit.clone import real_clone
 from widthkit.errors import ExportError
 from widthkit.export.check import call_arguments, usable_inputs
+from widthkit.modules.clone import real_clone
 from widthkit.trace.inputs import Inputs
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from widthkit.clone import real_clone
 from widthkit.errors import ExportError, OptionError, WidthkitError, close_matches
 from widthkit.export.check import (
     Comparison,
@@ -31,6 +30,7 @@ from widthkit.export.convert import FORMATS, Prepared
 from widthkit.export.fold import fold_batchnorm
 from widthkit.export.save import load, paths_of, save_files
 from widthkit.files import atomic_json, replace_with
+from widthkit.modules.clone import real_clone
 from widthkit.trace.inputs import Inputs, batch_size
 from widthkit.train.modes import checked_device, model_device
 from widthkit.version import versions

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthkit.clone import meta_clone
 from widthkit.export.check import call_arguments
+from widthkit.modules.clone import meta_clone
 from widthkit.trace.inputs import Inputs, candidates
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from widthkit.models import ModelName
-from widthkit.plan import Plan
-from widthkit.structure import Dense
+from widthkit.graph.plan import Plan
+from widthkit.modules.models import ModelName
+from widthkit.modules.structure import Dense
 
 _RECORD = "_widthkit_origin"
 

@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from widthkit.clone import all_names, named_tensors
 from widthkit.errors import ModelError, SlimFileError, WidthsError
 from widthkit.export.info import refresh_feature_info
 from widthkit.export.origin import Origin, set_origin
 from widthkit.export.schema import SlimFile, decode_plan
-from widthkit.models import ModelName
-from widthkit.plan import Plan, apply_plan, check_shapes
-from widthkit.structure import Dense, structure, structure_hash
+from widthkit.graph.plan import Plan, apply_plan, check_shapes
+from widthkit.modules.clone import all_names, named_tensors
+from widthkit.modules.models import ModelName
+from widthkit.modules.structure import Dense, structure, structure_hash
 
 FETCHING = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights"}

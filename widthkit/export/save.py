@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import widthkit.version
-from widthkit.clone import all_names, meta_clone, named_tensors
 from widthkit.errors import ModelError, SlimFileError, WidthsError
 from widthkit.export.origin import Origin, origin_of
 from widthkit.export.rebuild import rebuild
 from widthkit.export.schema import SlimFile, checksum, encode_plan
 from widthkit.files import atomic_write
-from widthkit.models import ModelName, candidates
-from widthkit.plan import apply_plan, check_shapes
-from widthkit.structure import Dense, structure, structure_hash
+from widthkit.graph.plan import apply_plan, check_shapes
+from widthkit.modules.clone import all_names, meta_clone, named_tensors
+from widthkit.modules.models import ModelName, candidates
+from widthkit.modules.structure import Dense, structure, structure_hash
 
 
 def save_files(

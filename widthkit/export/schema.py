@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from widthkit.errors import SlimFileError
 from widthkit.graph import IntArray
-from widthkit.plan import Plan
+from widthkit.graph.plan import Plan
 
 FORMAT = 1
 Runs = list[tuple[int, int]]

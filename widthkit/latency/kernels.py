@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from widthkit.graph.program import MATRIX_PRODUCTS, OpCall, Program, TensorSpec, is_floating
 from widthkit.latency.conditions import Conditions
-from widthkit.program import MATRIX_PRODUCTS, OpCall, Program, TensorSpec, is_floating
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ class Kernel:
 
     Args:
         operator: ATen name with overload.
-        args: Positional and keyword arguments as :class:`widthkit.program.OpCall` has them.
+        args: Positional and keyword arguments as :class:`widthkit.graph.program.OpCall` has them.
         kwargs: Keyword arguments.
         inputs: Shape and type of every tensor among them; a size that varies is ``"n0"``, ``"n1"``...
         outputs: The same of the results.

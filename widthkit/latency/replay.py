@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widthkit.graph.program import Program, Slot, TensorSpec, is_floating
 from widthkit.latency.conditions import Conditions
 from widthkit.latency.kernels import Kernel, argument_names, find_operator
-from widthkit.program import Program, Slot, TensorSpec, is_floating
-from widthkit.timing import interleaved, keep_pages
+from widthkit.latency.timing import interleaved, keep_pages
 from widthkit.trace.recorder import call as call_model
 
 _TARGET = 1e-3

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widthkit.files import atomic_write
-from widthkit.space import Limit, SearchSpace, resolve_limit, uniform_space
-from widthkit.strategy import Strategy
+from widthkit.graph.space import Limit, SearchSpace, resolve_limit, uniform_space
 from widthkit.supernet import Supernet, make_supernet
+from widthkit.supernet.strategy import Strategy
 from widthkit.trace import trace
 from widthkit.train.step import StepContext
 
@@ -71,7 +71,7 @@ def count(strategy: Strategy, width: int = 12, min_width: Limit = 1) -> Cardinal
         width: Channels of the layer; every number of channels is a choice.
         min_width: The narrowest.
 
-    >>> from widthkit.strategy import make_strategy
+    >>> from widthkit.supernet.strategy import make_strategy
     >>> count(make_strategy("ua", {}), 4).judged.tolist()  # BCNet, Eq. 6: l - c + 1
     [[4, 3, 2, 1]]
     """

@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from widthkit.blame import ENOUGH, SlowLayer, describe, is_slow
 from widthkit.budget import show_count
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_write
+from widthkit.latency.slow_layers import ENOUGH, SlowLayer, describe, is_slow
 from widthkit.search import SearchResult
 from widthkit.search.measured import describe_rows
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from widthkit.budget import show_count
-from widthkit.space import SearchSpace
+from widthkit.graph.space import SearchSpace
 from widthkit.version import __version__
 
 _SHOWN = 5

@@ -14,7 +14,7 @@ from widthkit.graph import ChannelGraph, ChannelGroup
 from widthkit.registry import Registry
 from widthkit.search import SEARCHERS
 from widthkit.search.score_model import SCORE_MODELS
-from widthkit.strategy import STRATEGIES
+from widthkit.supernet.strategy import STRATEGIES
 from widthkit.trace.rules import RULES
 from widthkit.version import __version__
 

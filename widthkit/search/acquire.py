@@ -7,10 +7,10 @@ from scipy.stats import norm
 
 from widthkit.budget import Budget
 from widthkit.graph import IntArray
+from widthkit.graph.space import SearchSpace
 from widthkit.search.design import d_optimal, design_columns, to_widths
 from widthkit.search.score_model import FloatArray, Prediction, ScoreModel
 from widthkit.search.searcher import Searcher
-from widthkit.space import SearchSpace
 
 CURVES = 3
 """Degree of the curves that a design of supernet evaluations must tell apart. Stand-alone trainings need lines only,

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from widthkit.budget import Budget
-from widthkit.errors import OptionError
 from widthkit.search.providers import Offer, provided
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.supernet import Supernet
@@ -29,18 +28,8 @@ def make_searcher(
         PluginError: If no searcher has that name.
         OptionError: If it does not take one of the options, or not with that value.
     """
-    cls = SEARCHERS.get(name)
-    parameters = inspect.signature(cls).parameters
-    accepted = [p for p in parameters if p not in ("space", "budget", "rng")]
-    unknown = sorted(set(options) - set(accepted))
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
-        raise OptionError(f"searcher '{name}' has no option '{unknown[0]}'; {shown}")
-    try:
-        return cls(net.space, budget, rng, **options, **provided(cls, offer or Offer(net), options))
-    except (TypeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise OptionError(f"searcher '{name}' cannot use these options ({dict(options)}): {why}") from error
+    offered = provided(SEARCHERS.get(name), offer or Offer(net), options)
+    return SEARCHERS.build(name, options, net.space, budget, rng, offered=offered)  # type: ignore[no-any-return]
 
 
 def history_of(name: str, net: Supernet) -> dict[str, Any]:

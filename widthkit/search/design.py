@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from widthkit.budget import Budget
 from widthkit.graph import IntArray
+from widthkit.graph.space import SearchSpace
 from widthkit.search.score_model import FloatArray
-from widthkit.space import SearchSpace
 
 _ENUMERABLE = 20_000
 _PASSES = 3

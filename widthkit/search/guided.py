@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +14,16 @@ import numpy as np
 from widthkit.budget import Budget
 from widthkit.errors import ModelError, OptionError
 from widthkit.graph import IntArray
+from widthkit.graph.space import SearchSpace
 from widthkit.search.acquire import CURVES, acquire, ask_model, climb
-from widthkit.search.band import BAND, fullest
 from widthkit.search.design import candidates, d_optimal, design_columns
 from widthkit.search.evaluator import Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.loop import judge_new, key_of, trial_of
+from widthkit.search.near_budget import BAND, fullest
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.score_model import SCORE_MODELS, Observations, ScoreModel
 from widthkit.search.searcher import Searcher, WidthVector
-from widthkit.space import SearchSpace
 from widthkit.train.parallel import alone
 
 Judge = Callable[[Mapping[str, int]], Judgement]
@@ -145,13 +144,7 @@ def make_model(guidance: Guidance, space: SearchSpace) -> ScoreModel:
     Raises:
         OptionError: If it does not take one of the options.
     """
-    cls = SCORE_MODELS.get(guidance.model)
-    accepted = [p for p in inspect.signature(cls).parameters if p != "space"]
-    unknown = sorted(set(guidance.options) - set(accepted))
-    if unknown:
-        shown = f"its options are: {', '.join(accepted)}" if accepted else "it has none"
-        raise OptionError(f"score model '{guidance.model}' has no option '{unknown[0]}'; {shown}")
-    return cls(space, **guidance.options)
+    return SCORE_MODELS.build(guidance.model, guidance.options, space)  # type: ignore[no-any-return]
 
 
 class GuidedSearch:

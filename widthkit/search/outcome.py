@@ -10,11 +10,11 @@ from typing import Any
 from widthkit.budget import Budget, show_count
 from widthkit.errors import BudgetError, ModelError
 from widthkit.graph import IntArray
-from widthkit.search.band import BAND
-from widthkit.search.fill import best_inside
 from widthkit.search.loop import trial_of
 from widthkit.search.measured import describe_rows, measure_result, remarks
+from widthkit.search.near_budget import BAND
 from widthkit.search.result import SearchResult, Trial
+from widthkit.search.top_up import best_inside
 from widthkit.supernet import Supernet
 
 KEPT = ("options", "history", "score_model", "score_model_options", "evaluations", "calibrate")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from widthkit.importance import unit_scores
 from widthkit.search.evaluator import Loss
 from widthkit.supernet import Supernet
+from widthkit.supernet.ranking import unit_scores
 
 
 @dataclass(frozen=True)

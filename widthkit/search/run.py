@@ -12,20 +12,20 @@ import numpy as np
 
 from widthkit.budget import Budget, parse_budget
 from widthkit.errors import OptionError
-from widthkit.search.band import Fullest
 from widthkit.search.build import history_of, make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement, Loss
-from widthkit.search.fill import filler, remark
 from widthkit.search.guided import Guidance, GuidedSearch, TrainFn, make_guidance
 from widthkit.search.identity import identity_of
 from widthkit.search.journal import Journal
 from widthkit.search.loop import run_loop
 from widthkit.search.measured import network_of
+from widthkit.search.near_budget import Fullest
 from widthkit.search.outcome import best_result, check_chosen, chosen_result, with_measurements
 from widthkit.search.providers import Offer
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.rounds import check_same, from_first, launched
 from widthkit.search.searcher import Searcher, parts_of
+from widthkit.search.top_up import filler, remark
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
 from widthkit.train.parallel import broadcast_module, process_index

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from widthkit.errors import WidthsError
 from widthkit.graph import IntArray
+from widthkit.graph.space import SearchSpace
 from widthkit.registry import Registry
-from widthkit.space import SearchSpace
 
 FloatArray = npt.NDArray[np.float64]
 

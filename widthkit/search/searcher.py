@@ -13,8 +13,8 @@ import numpy as np
 
 from widthkit.budget import Budget
 from widthkit.errors import PluginError
+from widthkit.graph.space import SearchSpace
 from widthkit.registry import Registry
-from widthkit.space import SearchSpace
 
 WidthVector = dict[str, int]
 

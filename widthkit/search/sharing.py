@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widthkit.borrow import Spec
 from widthkit.budget import memory_amount
 from widthkit.errors import OptionError
 from widthkit.search.known import Known, Run
 from widthkit.search.lineage import Memo, replace
 from widthkit.supernet import Supernet
+from widthkit.supernet.slices import Spec
 from widthkit.train.modes import call_model
 
 _STATISTICS = ("running_mean", "running_var")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widthkit.graph import ChannelGraph
-from widthkit.space import SearchSpace, flops_bins, uniform_space
+from widthkit.graph.space import SearchSpace, flops_bins, uniform_space
 from widthkit.trace import trace
 from widthkit.train.step import StepContext
 

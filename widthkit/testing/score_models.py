@@ -10,8 +10,8 @@ import torch
 
 from widthkit.errors import ModelError
 from widthkit.graph import IntArray
+from widthkit.graph.space import SearchSpace
 from widthkit.search.score_model import FloatArray, Observations, Prediction, ScoreModel
-from widthkit.space import SearchSpace
 from widthkit.testing.examples import SPACES, build_space, small_graph
 
 MakeScoreModel = Callable[[SearchSpace], ScoreModel]
@@ -37,7 +37,7 @@ class ScoreModelConformance:
     >>> class TestLogLinear(ScoreModelConformance):
     ...     @pytest.fixture
     ...     def make_model(self):
-    ...         from widthkit_plugins.log_linear import LogLinearModel
+    ...         from widthkit_plugins.score_models.log_linear.model import LogLinearModel
     ...         return LogLinearModel
     """
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from widthkit.budget import Budget, parse_budget
+from widthkit.graph.space import SearchSpace
 from widthkit.search.searcher import Searcher
-from widthkit.space import SearchSpace
 from widthkit.testing.examples import SPACES, build_space, small_graph
 
 MakeSearcher = Callable[[SearchSpace, Budget, np.random.Generator], Searcher]
@@ -54,7 +54,7 @@ class SearcherConformance:
     >>> class TestGreedy(SearcherConformance):
     ...     @pytest.fixture
     ...     def make_searcher(self):
-    ...         from widthkit_plugins.greedy import GreedySearcher
+    ...         from widthkit_plugins.searchers.greedy import GreedySearcher
     ...         return GreedySearcher
     """
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from widthkit.export import dense
 from widthkit.graph import IntArray
 from widthkit.search.evaluator import Evaluator
-from widthkit.strategy import StepCost, Strategy
 from widthkit.supernet import Supernet, make_supernet
+from widthkit.supernet.strategy import StepCost, Strategy
 from widthkit.testing.examples import SPACES, build_space, make_step, small_batch, small_graph, small_net
 from widthkit.train.checkpoint import load_tree, save_tree
 
@@ -45,7 +45,7 @@ class StrategyConformance:
     >>> class TestUniversallyAligned(StrategyConformance):
     ...     @pytest.fixture
     ...     def strategy(self):
-    ...         from widthkit_plugins.ua import UniversallyAligned
+    ...         from widthkit_plugins.strategies.ua import UniversallyAligned
     ...         return UniversallyAligned(n_random=1)
 
     Override :attr:`tolerance` only if sums are taken in another order than in the exported network.

@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from widthkit.clone import meta_clone, real_clone
 from widthkit.errors import ModelError, TraceError, WidthkitError
 from widthkit.graph import ChannelGraph
+from widthkit.modules.clone import meta_clone, real_clone
 from widthkit.trace.build import freeze_matching, freeze_produced, freeze_unused, seed_labels, under
-from widthkit.trace.claims import Claim, ClaimWatch
+from widthkit.trace.candidate import Draft
 from widthkit.trace.context import RunState, flat_tensors
-from widthkit.trace.draft import Draft
 from widthkit.trace.inputs import Inputs, as_inputs, batch_size, candidates, float_dtype, needs_values
-from widthkit.trace.numbers import install
 from widthkit.trace.probe import probe
-from widthkit.trace.program import double_batch, with_program
+from widthkit.trace.record_program import double_batch, with_program
 from widthkit.trace.recorder import record, to_device
 from widthkit.trace.settle import settle
+from widthkit.trace.size_uses import Claim, ClaimWatch
+from widthkit.trace.sizes import install
 
 __all__ = ["trace"]
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from widthkit.clone import all_names, named_tensors
-from widthkit.cost import CostModel, Polynomial, Term
 from widthkit.graph import AttributeInfo, ChannelGraph, IntArray, Positions, TensorInfo
+from widthkit.graph.cost import CostModel, Polynomial, Term
+from widthkit.modules.clone import all_names, named_tensors
 from widthkit.trace.components import Components
 from widthkit.trace.context import AttributeRecord, RunState
 from widthkit.trace.labels import Labels

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from widthkit.graph import ChannelGraph
-from widthkit.plan import Plan
+from widthkit.graph.plan import Plan
 from widthkit.trace.build import Seeds
 from widthkit.trace.components import Components, connect
 from widthkit.trace.context import Call, RunState

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from widthkit.errors import ModelError
-from widthkit.structure import image_size
+from widthkit.modules.structure import image_size
 
 Inputs = tuple[Any, ...]
 

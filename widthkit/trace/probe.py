@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 from widthkit.errors import TraceError
 from widthkit.graph import ChannelGraph, ChannelGroup
+from widthkit.trace.candidate import TURNS, Draft, Misfit, check
 from widthkit.trace.components import Components
-from widthkit.trace.draft import TURNS, Draft, Misfit, check
 from widthkit.trace.labels import Labels
-from widthkit.trace.mend import mend
+from widthkit.trace.repair import mend
 
 
 def probe(draft: Draft, *, limit: int = 400) -> ChannelGraph:

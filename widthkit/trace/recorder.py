@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from widthkit.errors import TraceError, WidthkitError
 from widthkit.trace import rules
 from widthkit.trace.context import OpContext, RunState, flat_tensors
-from widthkit.trace.hollow import result
+from widthkit.trace.fake_values import result
 from widthkit.trace.inputs import Keywords
 
 
@@ -116,7 +116,7 @@ def record(
         run: Collects what the rules say.
         stack: Filled with the running modules; left as it was at the failure when the run raises.
         watch: Also entered around the run.
-        hollow: Do not compute convolutions and matrix products (:mod:`widthkit.trace.hollow`).
+        hollow: Do not compute convolutions and matrix products (:mod:`widthkit.trace.fake_values`).
     """
     stack.append(("", model))
     fastpath = torch.backends.mha.get_fastpath_enabled()

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from widthkit.trace.claims import Claim
 from widthkit.trace.components import connect, solve
 from widthkit.trace.context import AttributeRecord, RunState
 from widthkit.trace.labels import Alternative, Labels
-from widthkit.trace.numbers import Attribute, Result, Size, Source
+from widthkit.trace.size_uses import Claim
+from widthkit.trace.sizes import Attribute, Result, Size, Source
 
 
 def settle(run: RunState, claims: Sequence[Claim]) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from widthkit.clone import named_tensors
+from widthkit.modules.clone import named_tensors
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.hollow import result
+from widthkit.trace.fake_values import result
 from widthkit.trace.recorder import call
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -102,7 +102,7 @@ def watch(model: nn.Module, inputs: tuple[Any, ...], hollow: bool = False) -> Se
     Args:
         model: A copy in eval mode, on the device of the inputs.
         inputs: Example inputs; they stay alive, as they do for whoever calls a model.
-        hollow: Do not compute convolutions and matrix products (:mod:`widthkit.trace.hollow`).
+        hollow: Do not compute convolutions and matrix products (:mod:`widthkit.trace.fake_values`).
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     devices = [t.device for t in flat_tensors(inputs) if t.device.type == "cuda"]

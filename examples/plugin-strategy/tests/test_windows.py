@@ -3,7 +3,7 @@
 import pytest
 from widthkit_windows import Windows
 
-from widthkit.space import GroupChoices
+from widthkit.graph.space import GroupChoices
 from widthkit.testing import StrategyConformance
 
 

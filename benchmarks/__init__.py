@@ -1,0 +1,1 @@
+"""Benchmarks that verify widthkit itself; results lie beside the code."""

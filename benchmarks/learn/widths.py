@@ -1,0 +1,90 @@
+"""Which width vectors a learning benchmark compares: some that differ in MACs, some in shape alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from widthkit.errors import OptionError
+from widthkit.graph import IntArray
+from widthkit.graph.space import SearchSpace
+
+_DRAWS = 50_000
+Floats = npt.NDArray[np.float64]
+
+
+def choose_widths(
+    space: SearchSpace, n: int, *, share: float = 0.4, band: float = 0.015, seed: int = 0
+) -> tuple[list[dict[str, int]], list[bool]]:
+    """Choose width vectors: the first half at nearly equal MACs, the second half spread over all MACs.
+
+    With MACs alone a ranking of the second half is easily guessed; in the first half only the shape counts. The
+    shapes of the first half lie far from one another (farthest-point sampling on log widths).
+
+    Args:
+        space: The search space.
+        n: How many, at least 4.
+        share: MACs of the first half, as a share of the widest network's.
+        band: The first half's MACs differ from that by at most this share of it.
+        seed: Makes the draw.
+
+    Returns:
+        ``n`` different width vectors, and whether each belongs to the first half.
+
+    Raises:
+        OptionError: If the space has too few width vectors in the band.
+
+    >>> from widthkit.modules.models import create_model
+    >>> from widthkit.graph.space import uniform_space
+    >>> from widthkit.trace import trace
+    >>> graph = trace(create_model("torchvision/resnet18"), (1, 3, 32, 32))
+    >>> widths, equal = choose_widths(uniform_space(graph, 8), 6)
+    >>> [round(graph.macs(w) / graph.macs(), 2) for w in widths[:3]], equal
+    ([0.4, 0.4, 0.4], [True, True, True, False, False, False])
+    """
+    if n < 4:
+        raise OptionError(f"{n} widths are too few to rank; take at least 4")
+    vectors = _draws(space, np.random.default_rng(seed))
+    shares = space.graph.macs(vectors) / space.graph.macs(space.largest)
+    inside = np.flatnonzero(np.abs(shares / share - 1) <= band)
+    half = n // 2
+    if len(inside) < half:
+        raise OptionError(
+            f"only {len(inside)} of {len(vectors)} width vectors have {share:.0%} of the MACs within {band:.1%}; "
+            "take more choices per group"
+        )
+    equal = inside[_far_apart(np.log(vectors[inside]), half)]
+    rest = np.setdiff1d(np.arange(len(vectors)), equal)
+    spread = rest[_evenly(shares[rest], n - half)]
+    chosen = [_named(space, vectors[i]) for i in [*equal.tolist(), *spread.tolist()]]
+    return chosen, [True] * half + [False] * (n - half)
+
+
+def _draws(space: SearchSpace, rng: np.random.Generator) -> IntArray:
+    """Return different width vectors ``[draws, groups]``, every group drawn from its choices."""
+    columns = [rng.choice(np.array(g.options), _DRAWS) for g in space.groups]
+    return np.asarray(np.unique(np.stack(columns, axis=1), axis=0), dtype=np.int64)
+
+
+def _far_apart(points: Floats, n: int) -> IntArray:
+    """Pick ``n`` rows of ``points [m, dims]``, each the farthest from those before."""
+    picked = [int(np.square(points - points.mean(0)).sum(1).argmax())]
+    nearest = np.square(points - points[picked[0]]).sum(1)
+    while len(picked) < n:
+        picked.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, np.square(points - points[picked[-1]]).sum(1))
+    return np.array(picked, dtype=np.int64)
+
+
+def _evenly(values: Floats, n: int) -> IntArray:
+    """Pick ``n`` different entries whose values are spread evenly from the smallest to the largest."""
+    left = list(np.argsort(values, kind="stable"))
+    picked = []
+    for wanted in np.linspace(values.min(), values.max(), n):
+        nearest = min(range(len(left)), key=lambda i: abs(values[left[i]] - wanted))
+        picked.append(int(left.pop(nearest)))
+    return np.array(picked, dtype=np.int64)
+
+
+def _named(space: SearchSpace, vector: IntArray) -> dict[str, int]:
+    return {name: int(width) for name, width in zip(space.names, vector, strict=True)}

@@ -1,0 +1,1 @@
+"""Checks that do not trust the tracer, for tests and benchmarks alike."""

@@ -1,0 +1,1 @@
+"""Evolutionary search, with a first population drawn from the training history."""

@@ -1,0 +1,76 @@
+"""BC, bilaterally coupled: a width is judged at both ends of a layer (BCNet, Su et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from widthkit.graph import IntArray
+from widthkit.graph.space import GroupChoices
+from widthkit.supernet import Supernet
+from widthkit.supernet.strategy import StepCost, Strategy, train_path
+from widthkit.train.step import StepContext
+
+
+@dataclass(frozen=True)
+class BilaterallyCoupled(Strategy):
+    """Both ends of a layer, complementary training (BCNet, Eq. 7-12).
+
+    Args:
+        complementary: With every width c also train its complement, so that every channel is trained equally often
+            (Eq. 11).
+    """
+
+    complementary: bool = True
+
+    def capacity(self, choices: GroupChoices) -> int:
+        """The widest choice: both ends share one layer."""
+        return choices.widest
+
+    def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
+        """Two paths: ``[0, c)`` and ``[l - c, l)`` (Eq. 8)."""
+        return (np.arange(width), np.arange(choices.widest - width, choices.widest))
+
+    def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
+        """Important units at both ends, the least important in the middle."""
+        inside = min(choices.widest, choices.width)
+        return np.concatenate([both_ends(ranking[:inside]), ranking[inside:]])
+
+    def complement(self, width: int, choices: GroupChoices) -> int:
+        """``l - c``; the complement of the full width is the full width, so that both ends train all channels once.
+
+        The paper leaves that case open.
+        """
+        return choices.widest - width or choices.widest
+
+    def train_step(self, net: Supernet, step: StepContext) -> Tensor:
+        """Train a random width and its complement, each on both ends with half the loss (Eq. 10 and 11)."""
+        widths = net.space.sample(net.rng(step))
+        vectors = [widths]
+        if self.complementary:
+            vectors.append({g.name: self.complement(widths[g.name], g) for g in net.space.groups})
+        losses = [train_path(net, step, path, 0.5) for vector in vectors for path in net.paths(vector)]
+        return torch.stack(losses).sum() / len(vectors)
+
+    def combine(self, scores: Sequence[float]) -> float:
+        """The mean of both ends (Eq. 12)."""
+        return sum(scores) / len(scores)
+
+    @property
+    def cost(self) -> StepCost:
+        """Two ends of the width, and of its complement."""
+        n = 4 if self.complementary else 2
+        return StepCost(n, n)
+
+
+def both_ends(ranking: IntArray) -> IntArray:
+    """Deal a ranking out to the left end and the right end in turns.
+
+    >>> both_ends(np.array([7, 3, 5, 1, 2]))
+    array([7, 5, 2, 1, 3])
+    """
+    return np.concatenate([ranking[0::2], ranking[1::2][::-1]])

@@ -1,0 +1,1 @@
+"""DBC: widths are learned together with the weights."""

@@ -1,0 +1,112 @@
+"""DBC, binary gates: widths are learned together with the weights (Pruning-as-Search, Li et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from widthkit_plugins.strategies.dbc.policy import THRESHOLD, Policy, target_macs
+
+from widthkit.errors import OptionError
+from widthkit.graph import IntArray
+from widthkit.graph.space import GroupChoices
+from widthkit.supernet import Supernet
+from widthkit.supernet.strategy import StepCost, Strategy, train_path
+from widthkit.train.step import StepContext
+
+
+@dataclass(frozen=True)
+class DepthwiseBinary(Strategy):
+    """One binary gate per unit, trained with the weights; no search follows (PaS, Eq. 1-5).
+
+    Every step runs the whole network with the units whose gate is at most 0.5 taken away where they are read.
+    Gradients pass the binarisation unchanged. The loss is ``task + beta * ((MACs - target) / dense MACs)**2``. A unit
+    without a gate keeps its weights, and its gate keeps learning, so it can come back. In the last part of the run
+    the policy is fixed: the units with the largest gates, as many as the target allows; from then on that sub-network
+    alone is trained.
+
+    Args:
+        target: MACs to end with, as ``"0.5x"`` or ``"2.0GMACs"``; by default the run's budget, else half the model's.
+        beta: Weight of the MACs term.
+        start: Every gate's first value.
+        settle: Share of the run at its end in which the policy is fixed.
+    """
+
+    target: str | None = None
+    beta: float = 100.0
+    start: float = 1.0
+    settle: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, (str, type(None))):
+            raise OptionError(f"target={self.target!r}: write it as '0.5x' or '2.0GMACs'")
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise OptionError(f"beta={self.beta}: it cannot be negative")
+        if not (math.isfinite(self.start) and self.start > THRESHOLD):
+            raise OptionError(f"start={self.start}: gates start open, above {THRESHOLD}")
+        if not 0 <= self.settle <= 1:
+            raise OptionError(f"settle={self.settle}: it is a share of the run, from 0 to 1")
+
+    def for_budget(self, budget: str) -> DepthwiseBinary:
+        """Take the run's budget as the target, if none was given."""
+        return DepthwiseBinary(budget, self.beta, self.start, self.settle) if self.target is None else self
+
+    def capacity(self, choices: GroupChoices) -> int:
+        """The widest choice."""
+        return choices.widest
+
+    def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
+        """``[0, width)``, which is right as long as all gates are equal; :meth:`subnetworks` knows the gates."""
+        return (np.arange(width),)
+
+    def attach(self, net: Supernet) -> Policy:
+        """Make the gates."""
+        return Policy(net, target_macs("0.5x" if self.target is None else self.target, net.graph), self.start)
+
+    def subnetworks(self, net: Supernet, widths: Mapping[str, int]) -> list[dict[str, IntArray]]:
+        """One sub-network: of every group the units with the largest gates."""
+        policy = policy_of(net)
+        return [{name: np.sort(policy.ranked(name)[:width]) for name, width in widths.items()}]
+
+    def chosen(self, net: Supernet) -> dict[str, IntArray]:
+        """The policy: its units are at most the target's MACs, and as close below as whole units allow."""
+        units: dict[str, IntArray] = policy_of(net).units()
+        return units
+
+    def train_step(self, net: Supernet, step: StepContext) -> Tensor:
+        """Train weights and gates together; at the end of a run the weights of the settled policy alone."""
+        policy = policy_of(net)
+        if step.progress >= 1 - self.settle and not policy.is_settled:
+            policy.settle()
+        if policy.is_settled:
+            return train_path(net, step, policy.units())
+        bits = policy.bits()
+        outputs = net.forward_gated(bits, step)
+        task = step.loss(outputs, step.targets)
+        excess = (policy.macs(bits) - policy.target) / policy.dense
+        step.backward(task + self.beta * excess.to(task.dtype) ** 2)
+        step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
+        return task.detach()
+
+    def end_epoch(self, net: Supernet) -> dict[str, float]:
+        """How the policy converges: its MACs (share of the dense model's), open units, and how many have flipped."""
+        figures: dict[str, float] = policy_of(net).end_epoch()
+        return figures
+
+    def combine(self, scores: Sequence[float]) -> float:
+        """The only path's score."""
+        return scores[0]
+
+    @property
+    def cost(self) -> StepCost:
+        """One run of the network, as in ordinary training."""
+        return StepCost(1, 1)
+
+
+def policy_of(net: Supernet) -> Policy:
+    """Return a supernet's gates."""
+    assert isinstance(net.policy, Policy)
+    return net.policy

@@ -1,0 +1,150 @@
+"""Locally free: a width is its base channels and a few free ones near its end (CafeNet, Su et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from widthkit.errors import OptionError
+from widthkit.graph import IntArray
+from widthkit.graph.space import GroupChoices
+from widthkit.supernet import Supernet
+from widthkit.supernet.strategy import Path, StepCost, Strategy, train_path
+from widthkit.train.step import StepContext
+
+_MOST_OFFSET = 4
+"""C(9, 5) = 126 patterns are run in a step; one more would be 462."""
+
+
+@dataclass(frozen=True)
+class LocallyFree(Strategy):
+    """Base bins and free bins nearby, min-min training, max-max judging (CafeNet, Eq. 5 and 11-13).
+
+    A group's choices cut its units into bins: bin ``i`` holds what choice ``i`` has and choice ``i - 1`` has not, so
+    FLOPs-sensitive bins and evenly spaced choices are treated alike. The width of choice ``c`` (counted from 1) has
+    ``max(c - r - 1, 0)`` base bins and, of the bins ``[c - r, c + r]``, ``r + 1`` free ones.
+
+    Bins may differ in size, and patterns of equally many bins then differ in units. A sub-network has exactly its
+    width all the same: it takes base bins, then the pattern's free bins from the left, then the zone's other bins from
+    the left, until the width is reached. With equal bins that is the pattern itself.
+
+    Args:
+        offset: ``r``, how far free bins may lie from the width's own.
+        random_first: The paper's lambda: in this first share of the run a random pattern is trained, afterwards the
+            one with the least loss.
+        patterns: ``"lockstep"``: every layer has the same pattern, and all C(2r+1, r+1) are tried; ``"layerwise"``:
+            every layer has its own, and ``samples`` combinations are tried.
+        samples: How many layer-wise combinations are tried per training step and per judgement.
+    """
+
+    offset: int = 1
+    random_first: float = 0.0
+    patterns: str = "lockstep"
+    samples: int = 3
+
+    def __post_init__(self) -> None:
+        if self.offset < 0:
+            raise OptionError(f"offset={self.offset}: it cannot be negative")
+        if self.offset > _MOST_OFFSET and self.patterns == "lockstep":
+            n = math.comb(2 * self.offset + 1, self.offset + 1)
+            raise OptionError(
+                f"offset={self.offset} stands for {n} patterns, each run in every step; take at most {_MOST_OFFSET}, "
+                "or patterns='layerwise', which samples them"
+            )
+        if not 0 <= self.random_first <= 1:
+            raise OptionError(f"random_first={self.random_first}: it is a share of the run, from 0 to 1")
+        if self.patterns not in ("lockstep", "layerwise"):
+            raise OptionError(f"patterns '{self.patterns}': locally-free knows 'lockstep' and 'layerwise'")
+        if self.samples < 1:
+            raise OptionError(f"samples={self.samples}: at least one combination must be tried")
+
+    def capacity(self, choices: GroupChoices) -> int:
+        """The widest choice."""
+        return choices.widest
+
+    def all_patterns(self, width: int, choices: GroupChoices) -> list[IntArray]:
+        """List the C(2r+1, r+1) patterns of a width; near both ends of a layer several of them are the same units."""
+        return [units.copy() for units in _patterns(width, choices, self.offset)]
+
+    def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
+        """All patterns, or as many as are sampled: the i-th sample of a group is the same at every call."""
+        found = self.all_patterns(width, choices)
+        if self.patterns == "lockstep":
+            return found
+        rng = np.random.default_rng(zlib.crc32(choices.name.encode()))
+        return [found[int(i)] for i in rng.integers(len(found), size=self.samples)]
+
+    def train_step(self, net: Supernet, step: StepContext) -> Tensor:
+        """Train the candidate of a random width that has the least loss (Eq. 12), or at first a random one."""
+        rng = net.rng(step)
+        widths = net.space.sample(rng)
+        candidates = self._candidates(net, widths, rng)
+        if step.progress < self.random_first:
+            best = int(rng.integers(len(candidates)))
+        else:
+            best = _least(net, step, candidates)
+        return train_path(net, step, candidates[best])
+
+    def _candidates(self, net: Supernet, widths: dict[str, int], rng: np.random.Generator) -> list[dict[str, IntArray]]:
+        if self.patterns == "lockstep":
+            return net.paths(widths)
+        tables = {g.name: self.all_patterns(widths[g.name], g) for g in net.space.groups}
+        return [{n: t[int(rng.integers(len(t)))] for n, t in tables.items()} for _ in range(self.samples)]
+
+    def combine(self, scores: Sequence[float]) -> float:
+        """The best pattern's score (Eq. 13); one that is not a number counts only if all are."""
+        known = [score for score in scores if not math.isnan(score)]
+        return max(known) if known else math.nan
+
+    @property
+    def cost(self) -> StepCost:
+        """Every candidate without gradients, the best one with them (the step after the random phase)."""
+        if self.random_first >= 1:
+            return StepCost(1, 1)
+        n = math.comb(2 * self.offset + 1, self.offset + 1) if self.patterns == "lockstep" else self.samples
+        return StepCost(n + 1, 1)
+
+
+def _least(net: Supernet, step: StepContext, candidates: Sequence[Path]) -> int:
+    """Return the candidate with the least loss; ties and losses that are not numbers go to the first."""
+    losses = []
+    with torch.no_grad():
+        for units in candidates:
+            losses.append(step.loss(net.forward_on(units, step), step.targets).detach())
+    values = torch.stack(losses).nan_to_num(nan=math.inf)
+    return int(values.argmin())
+
+
+@lru_cache(maxsize=4096)
+def _patterns(width: int, choices: GroupChoices, offset: int) -> tuple[IntArray, ...]:
+    """Units of every pattern, in the order of :func:`itertools.combinations`."""
+    edges = np.array((0, *choices.options))
+    own = int(np.searchsorted(edges, width))
+    last = len(edges) - 1
+    base = max(own - offset - 1, 0)
+    zone = range(base + 1, min(own + offset, last) + 1)
+    found = []
+    for offsets in combinations(range(-offset, offset + 1), offset + 1):
+        free = _clipped([own + o for o in offsets], own - base, zone)
+        order = [*range(1, base + 1), *free, *(b for b in zone if b not in free)]
+        units = np.concatenate([np.arange(edges[b - 1], edges[b]) for b in order])[:width]
+        found.append(np.sort(units).astype(np.int64))
+    return tuple(found)
+
+
+def _clipped(bins: list[int], count: int, zone: range) -> list[int]:
+    """Fit a pattern to the ends of a layer: bins below the first vanish, bins past the last move down to unused ones.
+
+    Every subset of ``count`` bins of the zone is what some pattern becomes.
+    """
+    inside = [b for b in bins if b in zone][:count]
+    spare = [b for b in reversed(zone) if b not in inside]
+    return sorted(inside + spare[: count - len(inside)])

@@ -1,0 +1,1 @@
+"""Modules as such: copies, names, merging blocks."""

@@ -1,0 +1,254 @@
+"""Models by name: ``torchvision/resnet50``, ``timm/efficientnet_b0``, ``package.module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from widthkit.errors import ModelError, close_matches
+from widthkit.modules.clone import named_tensors
+from widthkit.modules.merging import merge
+from widthkit.modules.structure import architecture, plain_attributes, remember_image_size, structure
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A name and the keyword arguments that make its factory build a certain model."""
+
+    name: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """Build the model; see :func:`create_model`."""
+        return create_model(self.name, **self.kwargs)
+
+    def outline(self, most: int | None = None) -> nn.Module:
+        """Build the model without memory for its weights and without drawing random numbers.
+
+        Args:
+            most: Where the layout needs real tensors, refuse to make one of more numbers than this.
+
+        Raises:
+            ModelError: As :meth:`build`.
+
+        >>> ModelName("torchvision/regnet_y_400mf").outline().fc.weight.device
+        device(type='meta')
+        """
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    return self.build()
+            except ModelError:
+                # Some models compute their layout with tensors, which must be real then.
+                with _EmptyOnMeta(most):
+                    return self.build()
+
+    def hollow(self, most: int | None = None) -> nn.Module:
+        """Build the model with its weights on the meta device and everything that was computed in place.
+
+        Raises:
+            ModelError: As :meth:`build`.
+        """
+        with torch.random.fork_rng(devices=[]), _EmptyOnMeta(most):
+            return self.build()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts only what nobody has filled yet, the weights of layers, on the meta device.
+
+    Args:
+        most: Refuse to make a real tensor of more numbers than this.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self._most = most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._most is not None and func in _MAKERS:
+            size = func(*args, **{**kwargs, "device": "meta"}).numel()
+            if size > self._most:
+                raise ModelError(f"the model computes a tensor of {size} numbers, more than its file can need")
+        return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
+
+
+_MAKERS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye)
+
+
+def create_model(name: str, /, *, pretrained: bool = False, merged: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: ``torchvision/NAME``, ``timm/NAME``, or ``package.module:factory`` for your own.
+        pretrained: Load the library's default weights (needs a network or a filled cache).
+        merged: Merge blocks of several branches (RepVGG, MobileOne...) into plain layers.
+        **kwargs: Passed to the factory, such as ``num_classes=10``.
+
+    Raises:
+        ModelError: If the name is unknown (with the close matches) or the factory fails.
+
+    >>> type(create_model("torchvision/resnet18", num_classes=10)).__name__
+    'ResNet'
+    """
+    factory = _factory(name, pretrained)
+    try:
+        with warnings.catch_warnings():
+            # GoogLeNet and Inception warn about a default of their own that nobody here relies on.
+            warnings.filterwarnings("ignore", message="The default weight initialization", category=FutureWarning)
+            model = factory(**kwargs)
+    except Exception as error:
+        shown = ", ".join(f"{k}={v!r}" for k, v in kwargs.items())
+        raise ModelError(f"{name}({shown}) cannot be built: {type(error).__name__}: {_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned {type(model).__name__}, not an nn.Module")
+    if name.startswith("torchvision/"):
+        remember_image_size(model, _image_size(name.partition("/")[2]))
+    return merge(model) if merged else model
+
+
+def _image_size(name: str) -> int | None:
+    """Side length of the images that torchvision's default weights of a classifier were trained for."""
+    from torchvision import models
+
+    weights = models.get_model_weights(name)
+    transforms = getattr(getattr(weights, "DEFAULT", None), "transforms", None)
+    size = getattr(transforms, "keywords", {}).get("crop_size")
+    return size if isinstance(size, int) else None
+
+
+def _factory(name: str, pretrained: bool) -> Callable[..., Any]:
+    source, slash, rest = name.partition("/")
+    if slash and source == "torchvision":
+        return _torchvision_factory(rest, pretrained)
+    if slash and source == "timm":
+        return _timm_factory(rest, pretrained)
+    if ":" in name:
+        return _own_factory(name, pretrained)
+    raise ModelError(f"unknown model '{name}': write torchvision/NAME, timm/NAME or package.module:factory")
+
+
+def _torchvision_factory(name: str, pretrained: bool) -> Callable[..., Any]:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise ModelError(f"unknown model 'torchvision/{name}': {close_matches(name, models.list_models())}")
+    builder = models.get_model_builder(name)
+    if pretrained:
+        return lambda **kwargs: builder(weights="DEFAULT", **kwargs)
+    # Detection and segmentation models fetch backbone weights unless told not to.
+    quiet = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    return lambda **kwargs: builder(weights=None, **{**quiet, **kwargs})
+
+
+def _timm_factory(name: str, pretrained: bool) -> Callable[..., Any]:
+    import timm
+
+    if not timm.is_model(name):
+        raise ModelError(f"unknown model 'timm/{name}': {close_matches(name.split('.')[0], timm.list_models())}")
+    return lambda **kwargs: timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def _own_factory(name: str, pretrained: bool) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ModelError(f"unknown model '{name}': {_line(error)}") from error
+    except Exception as error:  # a module of the user's may raise anything while it is imported
+        raise ModelError(f"{module_name} cannot be imported: {type(error).__name__}: {_line(error)}") from error
+    if not callable(target):
+        raise ModelError(f"'{name}' is a {type(target).__name__}, not a factory that returns a model")
+    return (lambda **kwargs: target(pretrained=True, **kwargs)) if pretrained else target
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images a model expects: those of its first 2-D convolution, three without one."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return int(module.in_channels)
+    return 3
+
+
+def identify(model: nn.Module) -> ModelName | None:
+    """Find the name and arguments that rebuild a torchvision or timm model, or ``None``.
+
+    A candidate counts only if it has the same modules with the same settings and tensors of the same shapes.
+    """
+    for candidate in candidates(model):
+        try:
+            twin = candidate.outline()
+        except ModelError:
+            continue
+        if same_structure(model, twin):
+            return candidate
+    return None
+
+
+def same_structure(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models have the same modules, settings, plain attributes, and tensor shapes."""
+    if structure(a) != structure(b) or plain_attributes(a) != plain_attributes(b):
+        return False
+    shapes_a = {n: tuple(t.shape) for n, t in named_tensors(a).items()}
+    return shapes_a == {n: tuple(t.shape) for n, t in named_tensors(b).items()}
+
+
+def candidates(model: nn.Module) -> Iterator[ModelName]:
+    """Yield the names and arguments under which a model may have been built, likely ones first."""
+    kwargs: dict[str, Any] = {}
+    classes = _num_classes(model)
+    if classes is not None:
+        kwargs["num_classes"] = classes
+    channels = input_channels(model)
+    name = architecture(model)
+    if name is not None:
+        yield ModelName(f"timm/{name}", kwargs)
+        yield ModelName(f"timm/{name}", {**kwargs, "in_chans": channels})
+        yield ModelName(f"timm/{name}", {"features_only": True})
+        yield ModelName(f"timm/{name}", {**kwargs, "merged": True})
+    # GoogLeNet and Inception have these; their pretrained weights set both.
+    flags = {flag: getattr(model, flag) for flag in ("aux_logits", "transform_input") if hasattr(model, flag)}
+    if type(model).__module__.startswith("torchvision."):
+        for builder in _torchvision_builders(type(model)):
+            yield ModelName(f"torchvision/{builder}", kwargs)
+            if not kwargs or type(model).__module__.count(".") > 2:
+                # Classifiers take num_classes; what lives deeper (detection, flow) may count or name them differently.
+                yield ModelName(f"torchvision/{builder}", {})
+            if flags:
+                yield ModelName(f"torchvision/{builder}", {**kwargs, **flags})
+
+
+def _torchvision_builders(cls: type) -> list[str]:
+    """List the builders whose return annotation names the class."""
+    from torchvision import models
+
+    found = []
+    for name in models.list_models():
+        returns = models.get_model_builder(name).__annotations__.get("return")
+        if returns is cls or returns == cls.__name__:
+            found.append(name)
+    return found
+
+
+def _num_classes(model: nn.Module) -> int | None:
+    value = getattr(model, "num_classes", None)
+    if isinstance(value, int):
+        return value
+    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if not last:
+        return None
+    return last[-1].out_features if isinstance(last[-1], nn.Linear) else last[-1].out_channels

@@ -1,0 +1,178 @@
+"""What a sharing strategy is: which units stand for a width, how many a layer needs, how a step trains.
+
+Strategies live outside the core and come in through the entry-point group ``widthkit.strategies``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from widthkit.errors import PluginError
+from widthkit.graph import IntArray
+from widthkit.graph.space import GroupChoices
+from widthkit.registry import Registry
+from widthkit.train.losses import is_cross_entropy
+from widthkit.train.step import StepContext
+
+if TYPE_CHECKING:
+    from widthkit.supernet.supernet import Supernet
+
+Path = Mapping[str, IntArray]
+"""One sub-network: group name -> the units it uses."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step costs, in runs of a sub-network."""
+
+    forwards: int
+    backwards: int
+
+
+class Strategy(ABC):
+    """Answers the three questions of weight sharing. Subclasses are frozen dataclasses of their options."""
+
+    @abstractmethod
+    def capacity(self, choices: GroupChoices) -> int:
+        """How many units the supernet holds for a group, at least its widest choice."""
+
+    @abstractmethod
+    def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
+        """Which units stand for a width: one array ``[width]`` of ascending unit indices per path."""
+
+    @abstractmethod
+    def train_step(self, net: Supernet, step: StepContext) -> Tensor:
+        """Run forwards and backwards for one batch and return the loss to show, detached."""
+
+    @abstractmethod
+    def combine(self, scores: Sequence[float]) -> float:
+        """Turn the scores of all paths of a width into one."""
+
+    @property
+    @abstractmethod
+    def cost(self) -> StepCost:
+        """Forwards and backwards of one training step."""
+
+    def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
+        """Where the units of a trained model go when their importance is known; the most important come first here.
+
+        Args:
+            ranking: ``[width]``; the model's units, the most important first.
+            choices: The group.
+
+        Returns:
+            The unit that comes to each place of the supernet. The first ``choices.width`` places hold every unit
+            once; places after them, up to the capacity, start as copies of the units named there, or fresh when the
+            array ends before them.
+        """
+        return ranking
+
+    # What follows has a default that suits most strategies.
+
+    def attach(self, net: Supernet) -> nn.Module | None:
+        """Make what the strategy learns beside the weights; it becomes ``net.policy``.
+
+        Its parameters are trained like any other, and its state is part of checkpoints. A strategy object itself holds
+        options only.
+        """
+        return None
+
+    def subnetworks(self, net: Supernet, widths: Mapping[str, int]) -> list[dict[str, IntArray]]:
+        """List the sub-networks that stand for a width vector; by default path i takes path i of every group."""
+        choices = {g.name: g for g in net.space.groups}
+        per_group = [self.paths(width, choices[name]) for name, width in widths.items()]
+        counts = {len(found): name for name, found in zip(widths, per_group, strict=True)}
+        if len(counts) > 1:
+            (few, one), *_, (many, other) = sorted(counts.items())
+            raise PluginError(
+                f"strategy {type(self).__name__}: paths() must give equally many paths for every group, not {few} for "
+                f"'{one}' and {many} for '{other}'"
+            )
+        return [dict(zip(widths, units, strict=True)) for units in zip(*per_group, strict=True)] if widths else [{}]
+
+    def chosen(self, net: Supernet) -> dict[str, IntArray] | None:
+        """Return the units that training itself has chosen, if it does: then nothing is left to search."""
+        return None
+
+    def end_epoch(self, net: Supernet) -> dict[str, float]:
+        """Return figures to show and keep with the epoch that has just ended."""
+        return {}
+
+    def for_budget(self, budget: str) -> Strategy:
+        """Return the strategy for a run that ends in a network of this budget; most do not care while training."""
+        return self
+
+
+def train_path(net: Supernet, step: StepContext, units: Path, share: float = 1.0) -> Tensor:
+    """Train one sub-network on a batch: forward, backward of ``share`` times its loss; return that loss, detached.
+
+    The first sub-network of a step shows its outputs in the progress bar's accuracy.
+    """
+    outputs = net.forward_on(units, step)
+    loss = step.loss(outputs, step.targets) * share
+    step.backward(loss)
+    if step.outputs is None:
+        step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
+    return loss.detach()
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "widthkit.strategies", Strategy)
+register = STRATEGIES.register
+
+
+def check_paths(
+    strategy: Strategy, found: Sequence[Path], widths: Mapping[str, int], capacities: Mapping[str, int]
+) -> None:
+    """Refuse what a strategy gives as sub-networks if it is none.
+
+    Raises:
+        PluginError: Naming the strategy and the first group that is wrong.
+    """
+    who = f"strategy {type(strategy).__name__}"
+    if not found:
+        raise PluginError(f"{who}: paths() gives no path; every width needs at least one")
+    for path in found:
+        for name, width in widths.items():
+            units = path.get(name)
+            if (
+                not isinstance(units, np.ndarray)
+                or units.dtype.kind not in "iu"
+                or units.shape != (width,)
+                or units[0] < 0
+                or units[-1] >= capacities[name]
+                or (np.diff(units) <= 0).any()
+            ):
+                shown = " ".join(repr(units).split())[:60]
+                raise PluginError(
+                    f"{who}: a path of width {width} of group '{name}' must be an array of {width} ascending units "
+                    f"below {capacities[name]}, not {shown}"
+                )
+
+
+def can_distill(outputs: Any, targets: Any, loss: Any) -> bool:
+    """Whether a soft output can teach: class scores ``[N, C, ...]`` for integer targets, judged by cross entropy."""
+    return (
+        is_cross_entropy(loss)
+        and isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.ndim >= 2
+        and not targets.is_floating_point()
+        and outputs.shape[1] > 1
+        and targets.shape == (outputs.shape[0], *outputs.shape[2:])
+    )
+
+
+def make_strategy(strategy: str | Strategy, options: Mapping[str, Any]) -> Strategy:
+    """Return the strategy itself, or build the one registered under a name.
+
+    Raises:
+        PluginError: If no strategy has that name.
+        OptionError: If it does not take one of the options.
+    """
+    return STRATEGIES.build(strategy, options)  # type: ignore[no-any-return]
