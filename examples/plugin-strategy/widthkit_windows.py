@@ -40,6 +40,7 @@ class Windows(Strategy):
             place = rng.random()  # the same in all layers, as in the windows that are judged
             units = {g.name: _window(widths[g.name], g, place) for g in net.space.groups}
             losses.append(train_path(net, step, units))
+            net.record(widths, losses[-1])
         return sum(losses) / len(losses)
 
     def combine(self, scores: Sequence[float]) -> float:

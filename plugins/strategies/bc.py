@@ -48,13 +48,20 @@ class BilaterallyCoupled(Strategy):
         return choices.widest - width or choices.widest
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
-        """Train a random width and its complement, each on both ends with half the loss (Eq. 10 and 11)."""
+        """Train a random width and its complement, each on both ends with half the loss (Eq. 10 and 11).
+
+        The history records the mean loss of both ends, which is the loss of a width in Eq. 10.
+        """
         widths = net.space.sample(net.rng(step))
         vectors = [widths]
         if self.complementary:
             vectors.append({g.name: self.complement(widths[g.name], g) for g in net.space.groups})
-        losses = [train_path(net, step, path, 0.5) for vector in vectors for path in net.paths(vector)]
-        return torch.stack(losses).sum() / len(vectors)
+        losses = []
+        for vector in vectors:
+            # Each end gives half of its loss, so the sum is the mean of both.
+            losses.append(torch.stack([train_path(net, step, path, 0.5) for path in net.paths(vector)]).sum())
+            net.record(vector, losses[-1])
+        return torch.stack(losses).mean()
 
     def combine(self, scores: Sequence[float]) -> float:
         """The mean of both ends (Eq. 12)."""

@@ -70,7 +70,10 @@ class BilaterallyCoupledV2(Strategy):
         return choices.widest + choices.narrowest - width
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
-        """Train a random width and its complement at one end, or at both."""
+        """Train a random width and its complement at one end, or at both.
+
+        The history records the mean loss of the ends that the step trains.
+        """
         widths = net.space.sample(net.rng(step))
         vectors = [widths]
         if self.complementary:
@@ -78,8 +81,12 @@ class BilaterallyCoupledV2(Strategy):
         # Batches count from 1: the first one is odd and trains the left network.
         ends = [step.index % 2] if self.iterative else [0, 1]
         share = 1 / len(ends)
-        losses = [train_path(net, step, net.paths(vector)[end], share) for vector in vectors for end in ends]
-        return torch.stack(losses).sum() / len(vectors)
+        losses = []
+        for vector in vectors:
+            paths = net.paths(vector)
+            losses.append(torch.stack([train_path(net, step, paths[end], share) for end in ends]).sum())
+            net.record(vector, losses[-1])
+        return torch.stack(losses).mean()
 
     def combine(self, scores: Sequence[float]) -> float:
         """The mean of both ends (Eq. 12)."""

@@ -83,7 +83,10 @@ class LocallyFree(Strategy):
         return [found[int(i)] for i in rng.integers(len(found), size=self.samples)]
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
-        """Train the candidate of a random width that has the least loss (Eq. 12), or at first a random one."""
+        """Train the candidate of a random width that has the least loss (Eq. 12), or at first a random one.
+
+        The history records the loss of the trained candidate, not of the others.
+        """
         rng = net.rng(step)
         widths = net.space.sample(rng)
         candidates = self._candidates(net, widths, rng)
@@ -91,7 +94,9 @@ class LocallyFree(Strategy):
             best = int(rng.integers(len(candidates)))
         else:
             best = _least(net, step, candidates)
-        return train_path(net, step, candidates[best])
+        loss = train_path(net, step, candidates[best])
+        net.record(widths, loss)
+        return loss
 
     def _candidates(self, net: Supernet, widths: dict[str, int], rng: np.random.Generator) -> list[dict[str, IntArray]]:
         if self.patterns == "lockstep":

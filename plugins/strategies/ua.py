@@ -44,19 +44,23 @@ class UniversallyAligned(Strategy):
         return (np.arange(width),)
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
-        """Train the largest network on the labels, then the smallest and random ones on its output."""
+        """Train the largest network on the labels, then the smallest and random ones on its output.
+
+        The history records the loss of every width on the labels, also where it learns from the soft output.
+        """
         rng = net.rng(step)
         outputs = net.forward_on(net.paths(net.space.largest)[0], step)
         loss = step.loss(outputs, step.targets)
         step.backward(loss)
+        net.record(net.space.largest, loss)
         step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
         teach = self.distill and can_distill(outputs, step.targets, step.loss)
         for widths in [net.space.smallest, *(net.space.sample(rng) for _ in range(self.n_random))]:
             student = net.forward_on(net.paths(widths)[0], step)
-            if teach:
-                with torch.no_grad():
-                    step.loss(student, step.targets)  # the supernet records how well every width does on the labels
-            step.backward(soft_cross_entropy(student, outputs) if teach else step.loss(student, step.targets))
+            with torch.set_grad_enabled(not teach):
+                task = step.loss(student, step.targets)
+            step.backward(soft_cross_entropy(student, outputs) if teach else task)
+            net.record(widths, task)
         return loss.detach()
 
     def combine(self, scores: Sequence[float]) -> float:

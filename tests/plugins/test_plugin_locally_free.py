@@ -136,6 +136,26 @@ def test_a_step_trains_the_pattern_of_least_loss(seed, options):
         torch.testing.assert_close(actual[name], parameter.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("patterns", ["lockstep", "layerwise"])
+def test_the_history_keeps_the_least_loss_of_the_candidates(patterns):
+    """The one that is trained, not a mean that counts the others."""
+    net = two_layers(LocallyFree(patterns=patterns, samples=5), k=4)
+    expected = {}
+    for seed in range(20):
+        heard, widths = [], drawn(net, seed)
+
+        def listen(outputs, targets, heard=heard):
+            heard.append(F.cross_entropy(outputs, targets))
+            return heard[-1]
+
+        net.train_step(make_step(seed, batch=batch(), loss=listen))
+        least = min(float(loss.detach()) for loss in heard)
+        expected[tuple(widths.values())] = min(least, expected.get(tuple(widths.values()), math.inf))
+    net.width_history.end_epoch()
+    found = {tuple(widths.values()): loss for widths, loss in net.width_history.records}
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
 def test_candidates_leave_no_gradient_and_only_one_backward_runs():
     net = two_layers(LocallyFree(), k=4)
     seen = []

@@ -68,6 +68,18 @@ def moody(self, net, widths):
     return [{n: np.sort(rng.permutation(net.wide_graph.full[n])[: max(1, w // 2)]) for n, w in widths.items()}]
 
 
+def records_a_share(self, net, step):
+    loss = UniversallyAligned.train_step(self, net, step)
+    net.record(net.space.largest, loss / 2)
+    return loss
+
+
+def records_too_wide(self, net, step):
+    loss = UniversallyAligned.train_step(self, net, step)
+    net.record({name: width + 1 for name, width in net.space.largest.items()}, loss)
+    return loss
+
+
 def last_units(self, net):
     return {g.name: np.arange(g.widest // 2, g.widest) for g in net.space.groups}
 
@@ -104,6 +116,8 @@ STRATEGIES = {
     "learns nothing": ("test_training_learns", {"train_step": untouched}, ()),
     "updates": ("test_a_step_leaves_weights_to_the_optimiser", {"train_step": updates}, ()),
     "global draws": ("test_a_step_leaves_weights_to_the_optimiser", {"train_step": global_draws}, ()),
+    "records a share": ("test_records_are_losses_of_trained_widths", {"train_step": records_a_share}, ()),
+    "records too wide": ("test_records_are_losses_of_trained_widths", {"train_step": records_too_wide}, ()),
     "NaN wins": (
         "test_scores_that_are_no_numbers_never_win",
         {"combine": lambda s, scores: np.nan_to_num(scores[0])},

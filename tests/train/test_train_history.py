@@ -1,5 +1,3 @@
-"""What a supernet remembers of its training: the widths with the least loss, whatever the strategy."""
-
 import json
 import math
 
@@ -10,7 +8,7 @@ import torch.nn.functional as F
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
 import widthkit as wk
-from widthkit.errors import CheckpointError
+from widthkit.errors import CheckpointError, PluginError
 from widthkit.supernet import make_supernet
 from widthkit.supernet.strategy import STRATEGIES
 from widthkit.testing import make_step, small_batch, small_graph, small_net
@@ -27,29 +25,47 @@ def train(net, epochs=2, **options):
     return wk.train(net, BATCHES, epochs, lr=0.01, device="cpu", progress=False, **options)
 
 
-def mean(widths, losses):
-    return sum(losses) / len(losses)
+def history_of(seen, **options):
+    """Record widths of one group, as a strategy does in one epoch."""
+    history = WidthHistory(("a",), **options)
+    for width, loss in seen:
+        history.record({"a": width}, torch.tensor(loss, dtype=torch.float64))
+    history.end_epoch()
+    return history
 
 
 def test_the_least_losses_are_kept_in_any_order():
     rng = np.random.default_rng(0)
-    seen = [((int(a),), float(x)) for a, x in zip(rng.integers(0, 40, 500), rng.uniform(0, 1, 500), strict=True)]
+    seen = [(int(a), float(x)) for a, x in zip(rng.integers(0, 40, 500), rng.uniform(0, 1, 500), strict=True)]
     least = {}
-    for vector, loss in seen:
-        least[vector] = min(loss, least.get(vector, math.inf))
+    for width, loss in seen:
+        least[width] = min(loss, least.get(width, math.inf))
     expected = sorted(least.items(), key=lambda item: item[1])[:10]
     for order in (seen, seen[::-1], sorted(seen)):
-        history = WidthHistory(("a",), mean, keep=10)
-        for vector, loss in order:
-            history.add(vector, loss)
-        assert [((w["a"],), loss) for w, loss in history.records] == expected
+        assert [(w["a"], loss) for w, loss in history_of(order, keep=10).records] == expected
 
 
 def test_losses_that_are_none_are_left_out():
-    history = WidthHistory(("a",), mean)
-    for loss in (math.nan, math.inf, -math.inf):
-        history.add((1,), loss)
-    assert history.records == []
+    assert history_of([(1, loss) for loss in (math.nan, math.inf, -math.inf)]).records == []
+
+
+@pytest.mark.parametrize("n", [1023, 1024, 5000])
+def test_many_records_of_one_epoch_are_all_kept(n):
+    assert history_of([(i, float(i)) for i in range(n)], keep=n).records == [({"a": i}, float(i)) for i in range(n)]
+
+
+def test_a_record_needs_every_group_and_one_loss():
+    net = build()
+    widths, loss = net.space.largest, torch.tensor(1.0)
+    first = net.graph.group_names[0]
+    with pytest.raises(PluginError, match=f"group '{first}' is missing"):
+        net.record({name: width for name, width in widths.items() if name != first}, loss)
+    with pytest.raises(PluginError, match="group 'other'"):
+        net.record({**widths, "other": 1}, loss)
+    with pytest.raises(PluginError, match="one loss, a scalar tensor"):
+        net.record(widths, torch.zeros(2))
+    net.width_history.end_epoch()
+    assert net.width_history.records == []
 
 
 def test_a_recorded_loss_is_the_mean_over_both_ends():
@@ -59,16 +75,14 @@ def test_a_recorded_loss_is_the_mean_over_both_ends():
     widths = net.space.sample(net.rng(make_step(seed=3)))
     images, labels = step.inputs, step.targets
     losses = [float(F.cross_entropy(net.run(path, images), labels).detach()) for path in net.paths(widths)]
-    criterion = step.loss
     shown = net.train_step(step)
     net.width_history.end_epoch()
     assert net.width_history.records == [(widths, pytest.approx(np.mean(losses), abs=1e-12))]
     assert float(shown) == pytest.approx(np.mean(losses), abs=1e-12)
-    assert step.loss is criterion
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.names())
-def test_every_strategy_is_watched(strategy):
+def test_every_strategy_whose_widths_are_searched_records(strategy):
     """Recorded losses are losses on the labels, of widths that the supernet has."""
     net = build(strategy)
     train(net)
@@ -76,23 +90,23 @@ def test_every_strategy_is_watched(strategy):
     losses = [loss for _, loss in records]
     assert losses == sorted(losses)
     assert len({tuple(w.values()) for w, _ in records}) == len(records)
-    # A strategy that finds the widths itself trains few of them in so short a time.
-    assert len(records) > (10 if net.chosen() is None else 0)
+    # Nothing is searched, so nothing reads the records, where training chooses the widths.
+    assert len(records) > 10 if net.chosen() is None else not records
     for widths, loss in records:
         assert list(widths) == list(net.graph.group_names)
         assert all(1 <= width <= g.widest for width, g in zip(widths.values(), net.space.groups, strict=True))
         assert 0 < loss < 5
 
 
-def test_watching_changes_nothing():
-    """Bit-identical weights with a history that is cut off."""
-    watched, deaf = build("ua"), build("ua")
-    deaf.width_history.ran = lambda units, outputs: None
-    train(watched)
-    train(deaf)
-    assert watched.width_history.records
-    assert not deaf.width_history.records
-    for a, b in zip(watched.parameters(), deaf.parameters(), strict=True):
+@pytest.mark.parametrize("strategy", STRATEGIES.names())
+def test_recording_changes_nothing(strategy):
+    """Bit-identical weights without a history."""
+    recorded, plain = build(strategy), build(strategy)
+    plain.record = lambda widths, loss: None
+    train(recorded)
+    train(plain)
+    assert not plain.width_history.records
+    for a, b in zip(recorded.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -134,17 +148,4 @@ def test_state_survives_json_and_belongs_to_one_network():
     other.width_history.load_state_dict(state)
     assert other.width_history.records == net.width_history.records
     with pytest.raises(CheckpointError, match="other channel groups"):
-        WidthHistory(("a",), mean).load_state_dict(state)
-
-
-def test_many_steps_are_read_in_between():
-    """Losses are read in batches, also within an epoch; nothing is lost."""
-    net = build(BilaterallyCoupled(complementary=False))
-    for seed in range(1100):
-        with net.width_history.watch(step := make_step(batch=(torch.zeros(1), torch.zeros(1)))):
-            outputs = torch.tensor([[float(seed), 0.0]])
-            net.width_history.ran({name: range(1 + seed % 3) for name in net.graph.group_names}, outputs)
-            step.loss(outputs, torch.tensor([0]))
-    assert len(net.width_history._pending) < 1024
-    net.width_history.end_epoch()
-    assert len(net.width_history.records) == 3
+        WidthHistory(("a",)).load_state_dict(state)

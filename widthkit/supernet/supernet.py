@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,7 +86,7 @@ class Supernet(nn.Module):
         self.space = space
         self.strategy = strategy
         self.seed = seed
-        self.width_history = WidthHistory(graph.group_names, partial(_one_loss, strategy, space))
+        self.width_history = WidthHistory(graph.group_names)
         self._choices = {g.name: g for g in space.groups}
         self._borrower = Borrower(self.model)
         self._prepared: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
@@ -157,9 +156,7 @@ class Supernet(nn.Module):
     def forward_on(self, units: Path, step: StepContext) -> Any:
         """Run one sub-network on a training batch, under the step's precision."""
         with step.amp():
-            outputs = self.run(units, step.inputs)
-        self.width_history.ran(units, outputs)
-        return outputs
+            return self.run(units, step.inputs)
 
     def forward_gated(self, gates: Tensor, step: StepContext) -> Any:
         """Run the whole network on a training batch, every unit scaled by its gate where it is read.
@@ -206,8 +203,22 @@ class Supernet(nn.Module):
 
     def train_step(self, step: StepContext) -> Tensor:
         """Let the strategy train one batch; returns the loss to show."""
-        with self.width_history.watch(step):
-            return self.strategy.train_step(self, step)
+        return self.strategy.train_step(self, step)
+
+    def record(self, widths: Mapping[str, int], loss: Tensor) -> None:
+        """Record the loss of a width vector on a training batch; :attr:`width_history` keeps the least ones.
+
+        Strategies call this for the widths that they train. The loss is that of the task, on the labels, so that
+        losses of different widths can be compared.
+
+        Args:
+            widths: Group name -> width, for every group.
+            loss: A scalar; it is detached.
+
+        Raises:
+            PluginError: If a group is missing or unknown, or if the loss is no scalar tensor.
+        """
+        self.width_history.record(widths, loss)
 
     def end_epoch(self) -> dict[str, float]:
         """Return the strategy's figures of the epoch that has just ended."""
@@ -243,14 +254,6 @@ class Supernet(nn.Module):
     def extra_repr(self) -> str:
         """Show strategy and space."""
         return f"strategy={self.strategy}, groups={len(self._choices)}, space={self.space.size:.3g}"
-
-
-def _one_loss(strategy: Strategy, space: SearchSpace, widths: Mapping[str, int], losses: list[float]) -> float:
-    """Turn the training losses of a width vector's paths into one, as the strategy does with scores."""
-    first = space.groups[0]
-    if len(losses) > 1 and len(losses) == len(strategy.paths(widths[first.name], first)):
-        return -strategy.combine([-loss for loss in losses])
-    return sum(losses) / len(losses)
 
 
 def _capacities(space: SearchSpace, strategy: Strategy) -> dict[str, int]:

@@ -19,7 +19,11 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("widthkit.testing needs pytest: pip install 'widthkit[test]'") from error
 
 pytest.register_assert_rewrite(
-    "widthkit.testing.strategies", "widthkit.testing.searchers", "widthkit.testing.score_models"
+    "widthkit.testing.strategies",
+    "widthkit.testing.strategy_units",
+    "widthkit.testing.strategy_training",
+    "widthkit.testing.searchers",
+    "widthkit.testing.score_models",
 )
 
 from widthkit.testing.examples import SPACES, build_space, make_step, small_batch, small_graph, small_net  # noqa: E402

@@ -1,18 +1,21 @@
-"""The small things that the suites run on: a network, a batch, search spaces, a training step."""
+"""What the suites run on: a small network and its supernets, batches, search spaces, a training step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widthkit.graph import ChannelGraph
+from widthkit.graph import ChannelGraph, IntArray
 from widthkit.graph.space import SearchSpace, flops_bins, uniform_space
+from widthkit.supernet import Supernet, make_supernet
+from widthkit.supernet.strategy import Strategy
 from widthkit.trace import trace
 from widthkit.train.step import StepContext
 
@@ -87,6 +90,23 @@ def small_batch(seed: int = 0, n: int = 8) -> tuple[Tensor, Tensor]:
 def build_space(name: str, graph: ChannelGraph) -> SearchSpace:
     """Build one of :data:`SPACES`."""
     return SPACES[name](graph)
+
+
+def build_net(strategy: Strategy, space: str = "plain", seed: int = 0) -> Supernet:
+    """Build a supernet of :func:`small_net` over one of :data:`SPACES`."""
+    graph = small_graph()
+    return make_supernet(small_net(seed), strategy, graph=graph, space=build_space(space, graph))
+
+
+def some_widths(net: Supernet, n: int = 6) -> list[dict[str, int]]:
+    """Return the widest, the narrowest and ``n`` random width vectors of a supernet's space."""
+    rng = np.random.default_rng(0)
+    return [net.space.largest, net.space.smallest, *(net.space.sample(rng) for _ in range(n))]
+
+
+def listed(paths: Sequence[Mapping[str, IntArray]]) -> list[dict[str, list[int]]]:
+    """Return sub-networks as plain lists of units, which can be compared."""
+    return [{name: np.asarray(units).tolist() for name, units in path.items()} for path in paths]
 
 
 def make_step(

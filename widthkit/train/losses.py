@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +15,33 @@ from widthkit.errors import DataError, ModelError, OptionError
 Loss = Callable[[Any, Any], Tensor]
 
 
-_MADE: WeakSet[Loss] = WeakSet()
-"""Criteria of :func:`cross_entropy`."""
-
-
 def is_cross_entropy(loss: Any) -> bool:
     """Whether a criterion is cross entropy: this module's, torch's function or torch's module.
 
     >>> is_cross_entropy(cross_entropy(0.1)), is_cross_entropy(nn.MSELoss())
     (True, False)
     """
-    loss = inspect.unwrap(loss)
-    if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss):
-        return True
-    return any(loss is made for made in _MADE)
+    return loss is F.cross_entropy or isinstance(loss, (CrossEntropy, nn.CrossEntropyLoss))
 
 
-def cross_entropy(smoothing: float = 0.0) -> Loss:
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross entropy with label smoothing, averaged over the batch; see :func:`cross_entropy`."""
+
+    smoothing: float
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Return the loss, a scalar in nats."""
+        logits = main_output(outputs)
+        _check_classes(logits, targets)
+        targets = targets if targets.is_floating_point() else targets.long()
+        return F.cross_entropy(_at_least_single(logits), targets, label_smoothing=self.smoothing)
+
+    def __repr__(self) -> str:
+        return f"cross_entropy({self.smoothing})"
+
+
+def cross_entropy(smoothing: float = 0.0) -> CrossEntropy:
     """Make the default criterion: cross entropy with label smoothing, averaged over the batch.
 
     The criterion takes ``outputs`` ``(N, C)`` or ``(N, C, ...)`` (or a tuple, mapping or object that holds such
@@ -54,16 +63,7 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
     """
     if not 0 <= smoothing < 1:
         raise OptionError(f"label smoothing {smoothing} is outside [0, 1); 0.1 is usual.")
-
-    def criterion(outputs: Any, targets: Tensor) -> Tensor:
-        logits = main_output(outputs)
-        _check_classes(logits, targets)
-        targets = targets if targets.is_floating_point() else targets.long()
-        return F.cross_entropy(_at_least_single(logits), targets, label_smoothing=smoothing)
-
-    criterion.__qualname__ = f"cross_entropy({smoothing})"
-    _MADE.add(criterion)
-    return criterion
+    return CrossEntropy(smoothing)
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import timm.optim
 from torch import nn
 
 from widthkit.errors import CheckpointError, DataError, OptionError, close_matches
+from widthkit.train.losses import CrossEntropy
 
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("bf16", "fp16", "no")
@@ -131,7 +132,7 @@ def _difference(old: Any, new: Any) -> tuple[Any, Any]:
 
 
 def _loss_name(loss: Any) -> str:
-    if isinstance(loss, nn.Module):
+    if isinstance(loss, (nn.Module, CrossEntropy)):
         return " ".join(repr(loss).split())
     return getattr(loss, "__qualname__", type(loss).__name__)
 
