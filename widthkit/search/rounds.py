@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from widthkit.errors import DataError, ModelError
 from widthkit.search.evaluator import Judgement, Piece
+from widthkit.train.launch import join
 from widthkit.train.modes import checked_device
-from widthkit.train.parallel import accelerator_scope, process_index, processes
+from widthkit.train.parallel import process_index, processes
 
 T = TypeVar("T")
 
@@ -106,8 +107,7 @@ def launched(device: Any) -> Iterator[Any]:
     if processes() == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
-    with accelerator_scope("no", checked_device(device)) as accelerator:
-        yield accelerator.device
+    yield join(checked_device(device))
 
 
 def from_first(work: Callable[[], T]) -> T:

@@ -137,7 +137,8 @@ class TrainingTests:
     def test_records_are_losses_of_trained_widths(self, strategy: Strategy) -> None:
         """What a step records, if anything, names every group and lies among the losses that the step computed."""
         for index in range(4):
-            net, seen = build_net(strategy), []
+            net = build_net(strategy)
+            seen: list[float] = []
 
             def loss(outputs: Any, targets: Any, seen: list[float] = seen) -> Tensor:
                 value = F.cross_entropy(outputs, targets)

@@ -1,4 +1,4 @@
-"""Train any module, or a supernet that trains itself, with Hugging Face Accelerate and timm's optimisers."""
+"""Train any module, or a supernet that trains itself, with timm's optimisers and schedules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from widthkit.train import parallel
-from widthkit.train.loop import Run
+from widthkit.train.launch import join
+from widthkit.train.loop import Trainer
 from widthkit.train.losses import cross_entropy
 from widthkit.train.modes import checked_device, training_flags
 from widthkit.train.optim import make_optimizer
+from widthkit.train.precision import Precision
 from widthkit.train.result import TrainResult, prepare_out, read_run
 from widthkit.train.settings import Settings, check_loader, fingerprint
 
@@ -65,7 +67,7 @@ def train(
         warmup_epochs: Epochs, out of ``epochs``, in which the rate rises from ``lr / 100``.
         clip_grad: Largest norm of the whole gradient, or ``None``.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` (GPU only).
-        device: Such as ``cpu`` or ``cuda:1``; Accelerate's choice when ``None``.
+        device: Such as ``cpu`` or ``cuda:1``; an accelerator if there is one when ``None``, else the CPU.
         seed: Seed of data order, augmentation, dropout and the strategy's random choices.
         out: Folder for ``checkpoint.safetensors``, written after every epoch; nothing is written when ``None``.
         resume: Continue from the checkpoint in ``out``; start from scratch if there is none. A finished run returns
@@ -97,15 +99,17 @@ def train(
     target = checked_device(device)
     made = make_optimizer(net, settings)
     criterion = cross_entropy() if loss is None else loss
-    with training_flags(net), parallel.accelerator_scope(mixed_precision, target) as accelerator:
+    place = join(target)
+    precision = Precision(mixed_precision, place)
+    with training_flags(net):
         file = prepare_out(out)
         mark = fingerprint(settings, net, loader, criterion, parallel.processes())
         # Read and compared before the module moves or changes.
         stored = read_run(file, mark) if resume and file is not None else None
-        run = Run(net, loader, settings, criterion, accelerator, made)
+        trainer = Trainer(net, loader, settings, criterion, made, precision, place)
         if stored is not None:
-            run.restore(stored)
-        return run.fit(file, mark, progress, on_epoch)
+            trainer.restore(stored)
+        return trainer.fit(file, mark, progress, on_epoch)
 
 
 def check_engine(mixed_precision: str, device: str | torch.device | None) -> None:
@@ -118,5 +122,4 @@ def check_engine(mixed_precision: str, device: str | torch.device | None) -> Non
     Traceback (most recent call last):
     widthkit.errors.OptionError: mixed_precision='fp16' cannot be used on a CPU; take 'no' or 'bf16'.
     """
-    with parallel.accelerator_scope(mixed_precision, checked_device(device)):
-        pass
+    Precision(mixed_precision, join(checked_device(device)))

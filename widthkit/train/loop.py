@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from widthkit.errors import DataError, ModelError, OptionError
 from widthkit.train import parallel
@@ -20,26 +19,29 @@ from widthkit.train.history import WidthHistory
 from widthkit.train.losses import Loss, count_correct
 from widthkit.train.modes import batch_size, split_batch
 from widthkit.train.optim import Schedule
+from widthkit.train.precision import Precision
 from widthkit.train.progress import TrainingBar
 from widthkit.train.result import Totals, TrainResult, figures, write_run
-from widthkit.train.rng import mix, seeded, seeded_generators
+from widthkit.train.rng import mix, seeded
 from widthkit.train.settings import Settings, loader_length
+from widthkit.train.shards import seeded_order, shard
 from widthkit.train.step import StepContext, plain_step
 
 # Reading the loss makes a GPU wait; a run that went wrong is noticed at most this many updates late.
 _LOOK_EVERY = 20
 
 
-class Run:
-    """A network under training, with all that a checkpoint must hold.
+class Trainer:
+    """A network in training, with all that a checkpoint must hold.
 
     Args:
-        net: The module; it moves to the accelerator's device here.
+        net: The module; it moves to the device here.
         loader: Gives batches; a ``DataLoader`` is divided among the processes.
         settings: Checked settings.
         loss: The criterion.
-        accelerator: Accelerate's engine.
         optimizer: A plain optimiser over the module's parameters.
+        precision: The precision of forwards and gradients.
+        device: Where to train.
     """
 
     def __init__(
@@ -48,16 +50,15 @@ class Run:
         loader: Iterable[Any],
         settings: Settings,
         loss: Loss,
-        accelerator: Any,
         optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        device: torch.device,
     ) -> None:
-        self.net, self.settings, self.loss, self.accelerator = net, settings, loss, accelerator
-        net.to(accelerator.device)
+        self.net, self.settings, self.loss = net, settings, loss
+        self.optimizer, self.precision, self.device = optimizer, precision, device
+        net.to(device)
         parallel.broadcast_module(net)
-        # Preparing may draw a seed for a shuffling loader: the same in every process, and not from the user's stream.
-        with seeded(mix(settings.seed)):
-            self.loader = accelerator.prepare(loader) if isinstance(loader, DataLoader) else loader
-        self.optimizer = accelerator.prepare(optimizer)
+        self.loader = shard(loader)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.schedule = Schedule(optimizer, settings, loader_length(self.loader))
         self.step: Callable[[StepContext], Tensor] = (
@@ -70,12 +71,11 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Return everything that the next epoch depends on."""
-        scaler = self.accelerator.scaler
         return {
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "scaler": self.precision.state_dict(),
             "updates": self.updates,
             "widths": None if self.widths is None else self.widths.state_dict(),
         }
@@ -86,8 +86,7 @@ class Run:
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.precision.load_state_dict(state["scaler"])
         if self.widths is not None and state.get("widths") is not None:
             self.widths.load_state_dict(state["widths"])
         self.updates, self.done, self.history = state["updates"], stored["done"], stored["history"]
@@ -105,7 +104,7 @@ class Run:
             OptionError: If the loss or a weight is no longer finite; the module is as the last epoch left it.
             DataError: If the loader gives no batch, or something that is not a batch.
         """
-        main = self.accelerator.is_main_process
+        main = parallel.process_index() == 0
         updates = loader_length(self.loader)
         with TrainingBar(progress and main, self.settings.epochs, updates, self.done) as bar:
             while self.done < self.settings.epochs:
@@ -139,10 +138,10 @@ class Run:
         return {"epoch": self.done, "loss": entry["loss"], "accuracy": entry["accuracy"], "lr": lr, **entry}
 
     def _epoch(self, bar: TrainingBar) -> dict[str, float]:
-        totals, start = Totals(self.accelerator.device), time.perf_counter()
+        totals, start = Totals(self.device), time.perf_counter()
         seed = mix(self.settings.seed, self.done)
         self.net.train()
-        with seeded(mix(seed, parallel.process_index())), seeded_generators(self.loader, seed):
+        with seeded(mix(seed, parallel.process_index())), seeded_order(self.loader, seed, self.done):
             for count, batch in enumerate(self.loader, start=1):
                 self._update(batch, totals)
                 bar.advance(self.done)
@@ -159,7 +158,7 @@ class Run:
         return {**result, **(end() if callable(end) else {})}
 
     def _update(self, batch: Any, totals: Totals) -> None:
-        inputs, targets = send_to_device(split_batch(batch), self.accelerator.device)
+        inputs, targets = send_to_device(split_batch(batch), self.device)
         context = self._context(inputs, targets)
         self.optimizer.zero_grad()
         try:
@@ -173,9 +172,7 @@ class Run:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ModelError(f"the training step of {type(self.net).__name__} must return one loss, a scalar tensor.")
         parallel.average_gradients(self.parameters)
-        if self.settings.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip_grad)
-        self.optimizer.step()
+        self.precision.update(self.optimizer, self.parameters, self.settings.clip_grad)
         self.updates += 1
         self.schedule.after_update(self.updates)
         totals.add(loss, count_correct(context.outputs, targets), batch_size(inputs))
@@ -188,9 +185,9 @@ class Run:
             index=self.updates,
             epoch=self.done,
             loss=self.loss,
-            backward=self.accelerator.backward,
+            backward=self.precision.backward,
             generator=torch.Generator().manual_seed(seed),
-            amp=self.accelerator.autocast,
+            amp=self.precision.autocast,
             progress=self._progress(),
         )
 

@@ -1,4 +1,4 @@
-"""The Accelerate engine, and the few collectives that let several processes train one network exactly.
+"""The few collectives that let several processes train one network exactly.
 
 The network is not wrapped in ``DistributedDataParallel``: a supernet's step runs several sub-networks forwards and
 backwards, which use different parameters on different processes. Averaging the finished gradients is exact for any
@@ -15,12 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
-
-from widthkit.errors import OptionError
 
 _BUCKET_ELEMENTS = 2**23
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
@@ -36,62 +31,9 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
-@contextmanager
-def accelerator_scope(mixed_precision: str, device: torch.device | None) -> Iterator[Any]:
-    """Make an ``Accelerator`` for one run.
-
-    Accelerate keeps one precision and one device per Python process and refuses others later. A run must not depend
-    on the runs before it, nor spoil an ``Accelerator`` that the user has, so its shared states are put back.
-
-    Args:
-        mixed_precision: ``no``, ``fp16`` or ``bf16``.
-        device: Where to train; Accelerate's choice when ``None``.
-
-    Raises:
-        OptionError: If this machine, or the way the processes were launched, does not allow it.
-    """
-    shared = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
-    saved = [dict(state) for state in shared]
-    try:
-        # The first state owns the process group, which stays.
-        shared[1].clear()
-        shared[2].clear()
-        yield _make_accelerator(mixed_precision, device)
-    finally:
-        for state, before in zip(shared, saved, strict=True):
-            state.clear()
-            state.update(before)
-
-
-def _make_accelerator(mixed_precision: str, device: torch.device | None) -> Any:
-    state = PartialState(cpu=device is not None and device.type == "cpu")
-    if device is not None:
-        other = device.type != state.device.type
-        if state.num_processes > 1 and other and not _ALONE.get():
-            raise OptionError(f"device='{device}' does not fit processes launched for {state.device.type}; drop it.")
-        # Within a group, which card is ours was settled at launch.
-        state.device = device if state.num_processes == 1 or other else state.device
-    if _ALONE.get():
-        state.num_processes, state.process_index, state.local_process_index = 1, 0, 0
-        state.distributed_type = DistributedType.NO
-    if mixed_precision == "fp16" and state.device.type == "cpu":
-        # Accelerate would silently train in full precision.
-        raise OptionError("mixed_precision='fp16' cannot be used on a CPU; take 'no' or 'bf16'.")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dataloader_config=DataLoaderConfiguration(even_batches=True, split_batches=False),
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise OptionError(
-            f"mixed_precision='{mixed_precision}' cannot be used: {reason}. Try 'no' or 'bf16'."
-        ) from error
-    kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise OptionError(f"widthkit trains on CPUs or GPUs with data parallelism, not with {kind}; use torchrun.")
-    return accelerator
+def is_alone() -> bool:
+    """Whether this is inside :func:`alone`."""
+    return _ALONE.get()
 
 
 def processes() -> int:

@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,41 +57,3 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-@contextmanager
-def seeded_generators(loader: Any, seed: int) -> Iterator[None]:
-    """Seed the generators that a data loader owns inside the scope, and put their states back afterwards.
-
-    Without this the order of a resumed epoch would depend on how many epochs the generator had already served.
-    Each generator's own seed takes part, so loaders made with different seeds still differ.
-
-    Args:
-        loader: A ``DataLoader``, or any other iterable, which has none.
-        seed: A seed in ``[0, 2**63)``.
-    """
-    generators = _generators(loader)
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(mix(seed, generator.initial_seed()))
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """Find the distinct generators of a loader, its samplers and the samplers they wrap."""
-    found: dict[int, torch.Generator] = {}
-    pending, seen = [loader], set()
-    while pending:
-        owner = pending.pop()
-        if owner is None or id(owner) in seen:
-            continue
-        seen.add(id(owner))
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
-        pending += [getattr(owner, name, None) for name in ("sampler", "batch_sampler")]
-    return list(found.values())
