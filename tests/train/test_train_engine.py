@@ -302,6 +302,41 @@ def test_a_diverged_run_stops_with_the_weights_of_the_last_epoch(tmp_path, last)
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+def test_samplers_and_data_sets_are_told_the_epoch_also_of_a_resumed_run(tmp_path):
+    class Told(TensorDataset):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    def stop(entry):
+        raise Kill
+
+    epochs, data = [], Told(*regression().tensors)
+    with pytest.raises(Kill):
+        train(line_net(), DataLoader(data, 8), 3, loss=mse_loss, out=tmp_path, on_epoch=stop, **QUIET)
+    train(line_net(), DataLoader(data, 8), 3, loss=mse_loss, out=tmp_path, resume=True, **QUIET)
+    assert epochs == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "not with DeepSpeed; use torchrun"),
+        ({"ACCELERATE_USE_FSDP": "1"}, "not with FSDP; use torchrun"),
+        ({}, r"cannot be joined: .*RANK.* Start them with torchrun"),
+    ],
+)
+def test_launches_that_cannot_be_joined_are_refused_before_anything_changes(variables, message, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    net = small_net()
+    before = copy.deepcopy(net)
+    with pytest.raises(OptionError, match=message) as caught:
+        train(net, digits_loader(), 1, **QUIET)
+    assert "\n" not in str(caught.value)
+    assert same_state(net, before)
+
+
 # --- what must not change ---------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from widthkit.train import train
 
@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_train_parallel import Branches, data, line_net, OPTIONS
+from test_train_parallel import Branches, Listener, Stream, data, line_net, OPTIONS
 from widthkit.train import train
 
 rank, out = int(sys.argv[2]), sys.argv[3]
@@ -44,6 +44,16 @@ except Stop:
     torch.manual_seed(rank)
     cut = normed()
     train(cut, shuffled(), 2, out=out, resume=True, **OPTIONS)
+heard = {}
+for name, loader in {
+    "shuffled": DataLoader(data(), 4, shuffle=True),
+    "stream": DataLoader(Stream(), 4),
+    "indices": DataLoader(data(), None, sampler=[[0, 1, 2], [3, 4], [5, 6]]),
+}.items():
+    listener = Listener()
+    train(listener, loader, 2, **OPTIONS)
+    heard[name] = listener.heard
+    assert getattr(loader.sampler, "generator", None) is None
 import widthkit as wk
 from widthkit.testing import small_batch, small_graph, small_net
 supernet = wk.make_supernet(small_net(), "bc", graph=small_graph(), k=4)
@@ -51,7 +61,7 @@ train(supernet, [small_batch(10 * rank + i) for i in range(6)], 1, lr=0.01, devi
 flat = lambda m: [v.flatten().tolist() for v in m.state_dict().values()]
 print(json.dumps({"joint": flat(net), "loss": joint.loss, "branches": flat(branches), "seeds": branches.seeds,
                   "whole": flat(whole), "cut": flat(cut),
-                  "records": supernet.width_history.records}))
+                  "heard": heard, "records": supernet.width_history.records}))
 torch.distributed.destroy_process_group()
 """
 
@@ -87,6 +97,25 @@ class Branches(nn.Module):
             loss = step.loss((self.left, self.right)[self.rank](step.inputs), step.targets)
         step.backward(loss)
         return loss.detach()
+
+
+class Listener(nn.Linear):
+    """Lists the samples of every batch, named by their first number."""
+
+    def __init__(self):
+        super().__init__(3, 2, dtype=torch.float64)
+        self.heard = []
+
+    def train_step(self, step):
+        self.heard.append(step.inputs[:, 0].tolist())
+        loss = step.loss(self(step.inputs), step.targets)
+        step.backward(loss)
+        return loss.detach()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(data())
 
 
 def flat(module):
@@ -134,6 +163,29 @@ def test_parameters_that_one_process_did_not_use_count_as_zero(pair):
         assert mine == pytest.approx(theirs, abs=1e-12)
     # Used by nobody: not even decayed.
     assert pair[0]["branches"][4] == start.flatten().tolist()
+
+
+@pytest.mark.parametrize("loader", ["shuffled", "stream"])
+def test_processes_divide_every_epoch(pair, loader):
+    names = sorted(data().tensors[0][:, 0].tolist())
+    for epoch in (slice(0, 3), slice(3, 6)):
+        batches = [batch for process in pair for batch in process["heard"][loader][epoch]]
+        assert [len(batch) for batch in batches] == [4] * 6
+        assert sorted(name for batch in batches for name in batch) == names
+    assert all(len(process["heard"][loader]) == 6 for process in pair)
+
+
+def test_epochs_are_shuffled_differently(pair):
+    first, second = pair[0]["heard"]["shuffled"][:3], pair[0]["heard"]["shuffled"][3:]
+    assert first != second
+
+
+def test_processes_take_turns_with_batches_of_indices_and_end_together(pair):
+    names = data().tensors[0][:, 0].tolist()
+    batches = [[names[i] for i in batch] for batch in ([0, 1, 2], [3, 4], [5, 6])]
+    assert pair[0]["heard"]["indices"] == [batches[0], batches[2]] * 2
+    # The first batch makes up for the one that is missing.
+    assert pair[1]["heard"]["indices"] == [batches[1], batches[0]] * 2
 
 
 def test_processes_share_what_they_remember_of_widths(pair):
