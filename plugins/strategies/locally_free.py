@@ -17,7 +17,7 @@ from widthkit.errors import OptionError
 from widthkit.graph import IntArray
 from widthkit.graph.space import GroupChoices
 from widthkit.supernet import Supernet
-from widthkit.supernet.strategy import Path, StepCost, Strategy, train_path
+from widthkit.supernet.strategy import StepCost, Strategy, Units, train_path
 from widthkit.train.step import StepContext
 
 _MOST_OFFSET = 4
@@ -118,7 +118,7 @@ class LocallyFree(Strategy):
         return StepCost(n + 1, 1)
 
 
-def _least(net: Supernet, step: StepContext, candidates: Sequence[Path]) -> int:
+def _least(net: Supernet, step: StepContext, candidates: Sequence[Units]) -> int:
     """Return the candidate with the least loss; ties and losses that are not numbers go to the first."""
     losses = []
     with torch.no_grad():

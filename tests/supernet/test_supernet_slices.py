@@ -1,4 +1,4 @@
-"""Borrowed slices: the gradients, buffers and attributes of a sub-network, whatever way they are borrowed."""
+"""Slices: the gradients, buffers and attributes of a sub-network, in every way of slicing."""
 
 import copy
 import itertools
@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
-import widthkit.supernet.slices
 from widthkit.export.dense import export
 from widthkit.supernet import make_supernet
-from widthkit.supernet.slices import Borrow, add_into, copy_into, gather, spec_of
+from widthkit.supernet.slices import ParameterSlice, add_into, copy_into, gather, spec_of
 from widthkit.testing import build_space, make_step, small_batch, small_graph, small_net
 from widthkit.train import recalibrate
 
@@ -50,12 +49,11 @@ def same(a, b, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("units", UNITS)
-def test_every_way_to_borrow_gives_the_same_gradients(units, monkeypatch):
+def test_every_way_to_slice_gives_the_same_gradients(units):
     found = []
     for threshold, direct in itertools.product((0, HUGE), (True, False)):
-        monkeypatch.setattr(widthkit.supernet.slices, "_SMALL", threshold)
         net = build()
-        net.direct_gradients = direct
+        net.slices.autograd_below, net.slices.in_place_gradients = threshold, direct
         found.append(gradients(net, UNITS[units]))
     for other in found[1:]:
         same(found[0], other)
@@ -63,9 +61,9 @@ def test_every_way_to_borrow_gives_the_same_gradients(units, monkeypatch):
 
 @pytest.mark.parametrize("threshold", [0, HUGE])
 @pytest.mark.parametrize("units", ["left", "scattered"])
-def test_gradients_are_those_of_the_exported_network(units, threshold, monkeypatch):
-    monkeypatch.setattr(widthkit.supernet.slices, "_SMALL", threshold)
+def test_gradients_are_those_of_the_exported_network(units, threshold):
     net = build()
+    net.slices.autograd_below = threshold
     whole = gradients(net, UNITS[units])
     slim = export(net, UNITS[units]).train()
     images, labels = small_batch()
@@ -74,14 +72,14 @@ def test_gradients_are_those_of_the_exported_network(units, threshold, monkeypat
     for name, parameter in slim.named_parameters():
         dims = plan.tensors.get(name, {})
         torch.testing.assert_close(gather(whole[name], spec_of(dims)), parameter.grad, rtol=0, atol=1e-12)
-        # What was not borrowed got nothing.
+        # The rest got nothing.
         assert whole[name].abs().sum().item() == pytest.approx(parameter.grad.abs().sum().item(), abs=1e-10)
 
 
 @pytest.mark.parametrize("threshold", [0, HUGE])
-def test_gradients_add_up_over_backwards(threshold, monkeypatch):
-    monkeypatch.setattr(widthkit.supernet.slices, "_SMALL", threshold)
+def test_gradients_add_up_over_backwards(threshold):
     net = build()
+    net.slices.autograd_below = threshold
     images, labels = small_batch()
     single = [gradients(net, UNITS[units]) for units in ("left", "right", "scattered")]
     net.zero_grad()
@@ -92,10 +90,9 @@ def test_gradients_add_up_over_backwards(threshold, monkeypatch):
 
 
 @pytest.mark.parametrize("threshold", [0, HUGE])
-def test_autograd_grad_works_without_direct_gradients(threshold, monkeypatch):
-    monkeypatch.setattr(widthkit.supernet.slices, "_SMALL", threshold)
+def test_autograd_grad_works_without_gradients_in_place(threshold):
     net = build()
-    net.direct_gradients = False
+    net.slices.autograd_below, net.slices.in_place_gradients = threshold, False
     expected = gradients(net, UNITS["scattered"])
     images, labels = small_batch()
     loss = F.cross_entropy(net(images), labels)
@@ -106,9 +103,9 @@ def test_autograd_grad_works_without_direct_gradients(threshold, monkeypatch):
 
 
 @pytest.mark.parametrize("threshold", [0, HUGE])
-def test_frozen_parameters_get_no_gradient(threshold, monkeypatch):
-    monkeypatch.setattr(widthkit.supernet.slices, "_SMALL", threshold)
+def test_frozen_parameters_get_no_gradient(threshold):
     net = build()
+    net.slices.autograd_below = threshold
     net.model.stem[0].weight.requires_grad_(False)
     images, labels = small_batch()
     F.cross_entropy(net.set_widths(UNITS["scattered"])(images), labels).backward()
@@ -116,12 +113,11 @@ def test_frozen_parameters_get_no_gradient(threshold, monkeypatch):
     assert net.model.expand[0].weight.grad is not None
 
 
-def test_a_train_step_is_the_same_with_and_without_direct_gradients(monkeypatch):
-    monkeypatch.setattr(widthkit.supernet.slices, "_SMALL", 0)
+def test_a_train_step_is_the_same_with_and_without_gradients_in_place():
     found = []
-    for direct in (True, False):
+    for in_place in (True, False):
         net = build()
-        net.direct_gradients = direct
+        net.slices.autograd_below, net.slices.in_place_gradients = 0, in_place
         net.train_step(make_step(4))
         found.append({name: p.grad for name, p in net.named_parameters()})
     same(*found)
@@ -140,20 +136,20 @@ SPECS = {
 
 @pytest.mark.parametrize("dims", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("direct", [True, False])
-def test_borrow_against_indexing(dims, direct):
+def test_a_slice_against_indexing(dims, direct):
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.randn(6, 5, 4, generator=generator, dtype=torch.float64))
     spec = spec_of({dim: np.array(index) for dim, index in dims.items()})
     whole = [torch.tensor(dims.get(dim, range(size))) for dim, size in enumerate(parameter.shape)]
     where = torch.meshgrid(*whole, indexing="ij")
-    part = Borrow.apply(parameter, spec, direct)
+    part = ParameterSlice.apply(parameter, spec, direct)
     assert torch.equal(part, parameter[where])
     assert part.is_contiguous()
     seed = torch.randn(part.shape, generator=generator, dtype=torch.float64)
     (part * seed).sum().backward()
     expected = torch.zeros_like(parameter).index_put(where, seed)
     assert torch.equal(parameter.grad, expected)
-    Borrow.apply(parameter, spec, direct).sum().backward()
+    ParameterSlice.apply(parameter, spec, direct).sum().backward()
     torch.testing.assert_close(parameter.grad, expected + (expected != 0), rtol=0, atol=1e-12)
 
 
@@ -227,8 +223,8 @@ def plain_state(net):
 @pytest.mark.parametrize("threshold", [0, HUGE])
 @pytest.mark.parametrize("units", ["left", "scattered"])
 def test_an_exception_inside_forward_leaves_the_supernet_whole(units, threshold, monkeypatch):
-    monkeypatch.setattr(widthkit.supernet.slices, "_SMALL", threshold)
     net = build()
+    net.slices.autograd_below = threshold
     before, values = plain_state(net), copy.deepcopy(net.state_dict())
     with monkeypatch.context() as patch:
         patch.setattr(net.model.head, "forward", lambda x: 1 / 0)

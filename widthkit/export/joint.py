@@ -18,7 +18,7 @@ from widthkit.export.dense import export
 from widthkit.graph import Kept
 from widthkit.graph.plan import Plan
 from widthkit.supernet import Supernet
-from widthkit.supernet.slices import Borrower
+from widthkit.supernet.slices import SlicedModel
 from widthkit.supernet.strategy import can_distill
 from widthkit.train.losses import soft_cross_entropy
 from widthkit.train.modes import as_arguments
@@ -43,7 +43,7 @@ class JointNet(nn.Module):
 
     >>> import widthkit as wk
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    >>> joint = JointNet(wk.make_supernet(model, "ua", example_inputs=(1, 3, 8, 8)), [{"0": 8}, {"0": 3}])
+    >>> joint = JointNet(wk.make_supernet(model, example_inputs=(1, 3, 8, 8)), [{"0": 8}, {"0": 3}])
     >>> [dense[0].out_channels for dense in joint.networks()]
     [8, 3]
     """
@@ -70,8 +70,8 @@ class JointNet(nn.Module):
         # Exports bring batch norms of the right size, with the values that the supernet has now.
         dense = [export(net, units) for units in self.units]
         self.norms = nn.ModuleList(nn.ModuleList(d.get_submodule(path) for path in self._paths) for d in dense)
-        self._borrower = Borrower(net.model)
-        self._prepared = [self._borrower.compile(self._without_private(plan)) for plan in plans]
+        self._slices = SlicedModel(net.model)
+        self._prepared = [self._slices.prepare(self._without_private(plan)) for plan in plans]
 
     def switch(self, index: int) -> JointNet:
         """Make one of the networks the active one and return the module.
@@ -117,7 +117,7 @@ class JointNet(nn.Module):
 
     def _run(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         private = {f"{path}.{key}": value for path, norm in self._own(self.norms[index]) for key, value in norm.items()}
-        with self._borrower.lend(self._prepared[index]):
+        with self._slices.narrowed(self._prepared[index]):
             return functional_call(self.net.model, private, args, dict(kwargs))
 
     def _own(self, norms: Any) -> list[tuple[str, dict[str, Tensor]]]:

@@ -96,7 +96,7 @@ class Sharing:
         memo = self._memos.setdefault((path, batch), Memo(self._sharers[path], self._n))
         memo.room = self.memory - sum(m.bytes for m in self._memos.values() if m is not memo)
         run = Run(memo, who)
-        with self._net.lend(self._prepared[who][path]) as model:
+        with self._net.slices.narrowed(self._prepared[who][path]) as model:
             outputs = self._outputs(run, model, inputs)
         run.settle()
         memo.turn()
@@ -130,7 +130,7 @@ class Sharing:
                 return tensor
             return run.leaf(name, tensor, "statistics" if last in _STATISTICS else "leaf")
 
-        with self._net.replaced(part):
+        with self._net.slices.replaced(part):
             known = replace(inputs, Tensor, lambda t: run.leaf(f"input {next(count)}", t))
             outputs = call_model(model, known)
             return replace(outputs, Tensor, lambda t: t.value() if isinstance(t, Known) else t)
@@ -142,7 +142,7 @@ def _sharers(prepared: Sequence[Any]) -> dict[str, list[int]]:
     own: list[dict[str, Hashable]] = []
     for who, one in enumerate(prepared):
         # A width vector may have fewer paths than others; then nobody asks for its bit.
-        own.append({} if one is None else {loan.name: _slice_name(loan.spec) for loan in one[0]})
+        own.append({} if one is None else {name: _slice_name(spec) for name, spec in one.specs.items()})
         for name, key in own[-1].items():
             found = slices.setdefault(name, {})
             found[key] = found.get(key, 0) | 1 << who

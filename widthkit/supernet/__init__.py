@@ -1,5 +1,6 @@
 """The weight-sharing net: strategies, slices, gates, ranking of units."""
 
-from widthkit.supernet.supernet import Supernet, make_supernet
+from widthkit.supernet.make import make_supernet
+from widthkit.supernet.supernet import Supernet
 
 __all__ = ["Supernet", "make_supernet"]

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from widthkit.errors import ModelError
 from widthkit.graph import ChannelGraph, IntArray, Positions
 from widthkit.modules.merging import merging_module
+from widthkit.train.modes import model_device
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ class Gates:
                     weight = scaled.get(place.name, own[place.name])
                     scaled[place.name] = weight * _along(factor, place.dim, weight)
             return functional_call(self.model, scaled, args, dict(kwargs))
+
+    def of(self, units: Mapping[str, IntArray]) -> Tensor:
+        """Return gates, ``[units of all groups]``: 1 for these units and 0 for all others."""
+        parts = []
+        for name, width in self.graph.full.items():
+            parts.append(torch.zeros(width))
+            parts[-1][torch.from_numpy(units[name])] = 1
+        return torch.cat(parts).to(model_device(self.model))
 
     def _find(self, merged: nn.Module | None) -> list[_Gated]:
         """List the places for every group; groups that nothing reads by a weight are scaled where they are written."""

@@ -1,8 +1,8 @@
-"""Borrowed slices: run a model at smaller widths on parts of its own tensors.
+"""Run a model at smaller widths, on slices of its own tensors.
 
 Two things make a sub-network as cheap as a dense one. A slice is copied once, compactly, so that kernels read dense
-memory in forward and backward. And its gradient is added straight into that part of the parameter's ``.grad``; the
-plain autograd of slicing would fill a zero tensor of the full size for every slice and add that.
+memory in forward and backward. Its gradient is added straight into that part of the parameter's ``.grad``; the plain
+autograd of slicing fills a zero tensor of the full size for every slice and adds that.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from widthkit.graph import IntArray
 from widthkit.graph.plan import Plan, set_attribute
 from widthkit.modules.clone import all_names
-
-_SMALL = 1 << 12
-"""Below this size autograd's own slicing, which fills zeros but never enters Python, is the faster of the two."""
 
 Spec = tuple[tuple[int, "slice | Tensor"], ...]
 """Per dim a contiguous slice or an index tensor."""
@@ -39,14 +36,14 @@ def spec_of(dims: Mapping[int, IntArray]) -> Spec:
         if last - first + 1 == len(index):
             found.append((dim, slice(first, last + 1)))
         else:
-            # Plans are kept: one that was first used while judging must serve training later.
+            # Prepared slices are kept: those first used in inference mode serve training later.
             with torch.inference_mode(False):
                 found.append((dim, torch.from_numpy(index)))
     return tuple(found)
 
 
 def view(tensor: Tensor, spec: Spec) -> Tensor:
-    """Return the part that the slices of a spec name; index tensors are left for later."""
+    """Return the part that the slices of a spec name; its index tensors are not applied."""
     for dim, where in spec:
         if isinstance(where, slice):
             tensor = tensor.narrow(dim, where.start, where.stop - where.start)
@@ -78,28 +75,28 @@ def copy_into(target: Tensor, spec: Spec, value: Tensor) -> None:
     """Overwrite the part of ``target`` that a spec names by ``value``."""
     indexed = [(dim, where.to(target.device)) for dim, where in spec if isinstance(where, Tensor)]
     if indexed:
-        _write_back(view(target, spec), indexed, value)
+        _copy_indexed(view(target, spec), indexed, value)
     else:
         view(target, spec).copy_(value)
 
 
-def _write_back(part: Tensor, indexed: list[tuple[int, Tensor]], value: Tensor) -> None:
+def _copy_indexed(part: Tensor, indexed: list[tuple[int, Tensor]], value: Tensor) -> None:
     if len(indexed) == 1:
         part.index_copy_(indexed[0][0], indexed[0][1], value)
         return
     (dim, where), *rest = indexed
     inner = part.index_select(dim, where)
-    _write_back(inner, rest, value)
+    _copy_indexed(inner, rest, value)
     part.index_copy_(dim, where, inner)
 
 
-class Borrow(torch.autograd.Function):
+class ParameterSlice(torch.autograd.Function):
     """A compact copy of a part of a parameter whose gradient flows into that part."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, spec: Spec, direct: bool) -> Tensor:
-        """Copy the part; ``direct`` adds gradients into ``parameter.grad`` instead of returning them."""
-        ctx.spec, ctx.direct, ctx.parameter = spec, direct, parameter
+    def forward(ctx: Any, parameter: Tensor, spec: Spec, in_place: bool) -> Tensor:
+        """Copy the part; ``in_place`` adds gradients to ``parameter.grad`` instead of returning them."""
+        ctx.spec, ctx.in_place, ctx.parameter = spec, in_place, parameter
         part = gather(parameter.detach(), spec)
         return part.contiguous()
 
@@ -108,7 +105,7 @@ class Borrow(torch.autograd.Function):
         """Add the gradient of the part to the parameter's."""
         (grad,) = grads
         parameter: Tensor = ctx.parameter
-        if ctx.direct and parameter.is_leaf:
+        if ctx.in_place and parameter.is_leaf:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             add_into(parameter.grad, ctx.spec, grad.to(parameter.dtype))
@@ -126,10 +123,18 @@ class _Slot:
     table: dict[str, Any]
     key: str
 
+    def get(self) -> Tensor:
+        """Return the tensor that the place holds."""
+        return self.table[self.key]  # type: ignore[no-any-return]
+
+    def put(self, tensor: Tensor) -> None:
+        """Let the place hold another tensor."""
+        self.table[self.key] = tensor
+
 
 @dataclass(frozen=True)
-class _Loan:
-    """One tensor that a plan narrows, everywhere it is held."""
+class _SlicedTensor:
+    """One tensor that a plan narrows, with all places that hold it."""
 
     name: str
     slots: tuple[_Slot, ...]
@@ -137,92 +142,108 @@ class _Loan:
     is_parameter: bool
 
 
-class Borrower:
-    """Runs a model at the widths of a plan, on its own tensors.
+@dataclass(frozen=True)
+class PreparedSlices:
+    """What a plan changes in a model; made by :meth:`SlicedModel.prepare`."""
+
+    tensors: tuple[_SlicedTensor, ...]
+    attributes: tuple[tuple[nn.Module, str, Mapping[int | None, int]], ...]
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Name of each narrowed tensor -> the part that is kept."""
+        return {sliced.name: sliced.spec for sliced in self.tensors}
+
+
+class SlicedModel:
+    """Runs a model at the widths of a plan, on slices of its own tensors.
 
     Args:
-        model: The model whose tensors are borrowed; between runs it is whole.
-        direct: Add gradients of slices in place. Without it they flow through autograd at full size, which
-            ``torch.autograd.grad`` and hooks on parameters need.
+        model: The model; between runs it is whole.
 
     Attributes:
-        native: Leave all slicing to autograd, the plain way that benchmarks compare with.
+        in_place_gradients: Whether gradients of slices are added in place. Without this they flow through autograd at
+            full size, which ``torch.autograd.grad`` and hooks on parameters need.
+        autograd_below: Autograd itself slices parameters with fewer entries than this. It fills zeros of the full size
+            but never enters Python, so it is the faster way for small ones.
     """
 
-    def __init__(self, model: nn.Module, direct: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.direct = direct
-        self.native = False
+        self.in_place_gradients = True
+        self.autograd_below = 1 << 12
         self._slots = _slots(model)
 
-    def compile(self, plan: Plan) -> tuple[list[_Loan], list[tuple[nn.Module, str, Mapping[int | None, int]]]]:
-        """Prepare what :meth:`lend` swaps in, once per plan."""
-        loans = []
+    def prepare(self, plan: Plan) -> PreparedSlices:
+        """Look up what :meth:`narrowed` changes, once per plan."""
+        tensors = []
         for name, dims in plan.tensors.items():
             slots = self._slots[name]
-            loans.append(_Loan(name, slots, spec_of(dims), isinstance(slots[0].table[slots[0].key], nn.Parameter)))
+            tensors.append(_SlicedTensor(name, slots, spec_of(dims), isinstance(slots[0].get(), nn.Parameter)))
         changes = [(self.model.get_submodule(path), name, v) for (path, name), v in plan.attributes.items()]
-        return loans, changes
+        return PreparedSlices(tuple(tensors), tuple(changes))
 
     @contextmanager
-    def lend(
-        self, prepared: tuple[list[_Loan], list[tuple[nn.Module, str, Mapping[int | None, int]]]]
-    ) -> Iterator[nn.Module]:
-        """Hold narrowed tensors and attributes in the model; everything is put back on the way out."""
-        loans, changes = prepared
-        undo: list[tuple[_Slot, Any]] = []
-        back: list[tuple[Tensor, Spec, Tensor]] = []
+    def narrowed(self, prepared: PreparedSlices) -> Iterator[nn.Module]:
+        """Let the model hold slices and the attributes that go with them; everything is put back on the way out."""
+        undo: list[tuple[_Slot, Tensor]] = []
+        copied_buffers: list[tuple[Tensor, Spec, Tensor]] = []
         attributes: list[tuple[nn.Module, str, Any]] = []
         try:
-            for loan in loans:
-                whole = loan.slots[0].table[loan.slots[0].key]
-                part = self._part(whole, loan)
-                if not loan.is_parameter and part._base is None and any(s.module.training for s in loan.slots):
-                    back.append((whole, loan.spec, part))
-                for slot in loan.slots:
-                    undo.append((slot, slot.table[slot.key]))
-                    slot.table[slot.key] = part
-            for module, name, values in changes:
+            for sliced in prepared.tensors:
+                whole = sliced.slots[0].get()
+                part = self._part(whole, sliced)
+                if _is_copied(sliced) and any(slot.module.training for slot in sliced.slots):
+                    copied_buffers.append((whole, sliced.spec, part))
+                for slot in sliced.slots:
+                    undo.append((slot, slot.get()))
+                    slot.put(part)
+            for module, name, values in prepared.attributes:
                 attributes.append((module, name, set_attribute(module, name, values)))
             yield self.model
         finally:
             for slot, value in undo:
-                slot.table[slot.key] = value
+                slot.put(value)
             for module, name, old in reversed(attributes):
                 setattr(module, name, old)
-            _return_buffers(back)
+            with torch.no_grad():
+                # Running statistics change in training; a view changes the whole, a copy does not.
+                for whole, spec, part in copied_buffers:
+                    copy_into(whole, spec, part)
 
     @contextmanager
     def replaced(self, new: Callable[[str, nn.Module, Tensor], Tensor]) -> Iterator[None]:
-        """Hold other tensors in the model, each named by its first name and with a module that holds it."""
+        """Let the model hold other tensors.
+
+        Args:
+            new: Returns the tensor for a tensor's first name, a module that holds it, and the tensor itself.
+        """
         undo = []
         try:
             for name, slots in self._slots.items():
-                old = slots[0].table[slots[0].key]
+                old = slots[0].get()
                 made = new(name, slots[0].module, old)
                 for slot in slots:
                     undo.append((slot, old))
-                    slot.table[slot.key] = made
+                    slot.put(made)
             yield
         finally:
             for slot, old in undo:
-                slot.table[slot.key] = old
+                slot.put(old)
 
-    def _part(self, whole: Tensor, loan: _Loan) -> Tensor:
-        if not loan.is_parameter:
-            return gather(whole, loan.spec)
+    def _part(self, whole: Tensor, sliced: _SlicedTensor) -> Tensor:
+        if not sliced.is_parameter:
+            return gather(whole, sliced.spec)
         if not (whole.requires_grad and torch.is_grad_enabled()):
-            return gather(whole.detach(), loan.spec)
-        if self.native or whole.numel() < _SMALL:
-            return gather(whole, loan.spec)
-        return Borrow.apply(whole, loan.spec, self.direct)  # type: ignore[no-any-return, no-untyped-call]
+            return gather(whole.detach(), sliced.spec)
+        if whole.numel() < self.autograd_below:
+            return gather(whole, sliced.spec)
+        return ParameterSlice.apply(whole, sliced.spec, self.in_place_gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _return_buffers(back: list[tuple[Tensor, Spec, Tensor]]) -> None:
-    """Running statistics that were copied, not viewed, go back where they came from."""
-    with torch.no_grad():
-        for whole, spec, part in back:
-            copy_into(whole, spec, part)
+def _is_copied(sliced: _SlicedTensor) -> bool:
+    """Whether the slice is a buffer that index tensors copy, and no view."""
+    return not sliced.is_parameter and any(isinstance(where, Tensor) for _, where in sliced.spec)
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[_Slot, ...]]:

@@ -23,7 +23,7 @@ from widthkit.train.step import StepContext
 if TYPE_CHECKING:
     from widthkit.supernet.supernet import Supernet
 
-Path = Mapping[str, IntArray]
+Units = Mapping[str, IntArray]
 """One sub-network: group name -> the units it uses."""
 
 
@@ -109,7 +109,7 @@ class Strategy(ABC):
         return self
 
 
-def train_path(net: Supernet, step: StepContext, units: Path, share: float = 1.0) -> Tensor:
+def train_path(net: Supernet, step: StepContext, units: Units, share: float = 1.0) -> Tensor:
     """Train one sub-network on a batch: forward, backward of ``share`` times its loss; return that loss, detached.
 
     The first sub-network of a step shows its outputs in the progress bar's accuracy.
@@ -127,7 +127,7 @@ register = STRATEGIES.register
 
 
 def check_paths(
-    strategy: Strategy, found: Sequence[Path], widths: Mapping[str, int], capacities: Mapping[str, int]
+    strategy: Strategy, found: Sequence[Units], widths: Mapping[str, int], capacities: Mapping[str, int]
 ) -> None:
     """Refuse what a strategy gives as sub-networks if it is none.
 
@@ -168,11 +168,11 @@ def can_distill(outputs: Any, targets: Any, loss: Any) -> bool:
     )
 
 
-def make_strategy(strategy: str | Strategy, options: Mapping[str, Any]) -> Strategy:
-    """Return the strategy itself, or build the one registered under a name.
+def make_strategy(strategy: str | Strategy | None, options: Mapping[str, Any]) -> Strategy:
+    """Return the strategy itself, or build the one registered under a name; ``None`` is the default one.
 
     Raises:
         PluginError: If no strategy has that name.
         OptionError: If it does not take one of the options.
     """
-    return STRATEGIES.build(strategy, options)  # type: ignore[no-any-return]
+    return STRATEGIES.build(STRATEGIES.default if strategy is None else strategy, options)  # type: ignore[no-any-return]
