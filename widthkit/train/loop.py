@@ -1,4 +1,4 @@
-"""One training run: its state, its epochs, its updates."""
+"""Train a network: epochs, updates, and the state that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from widthkit.train.result import Totals, TrainResult, figures, write_run
 from widthkit.train.rng import mix, seeded
 from widthkit.train.settings import Settings, loader_length
 from widthkit.train.shards import seeded_order, shard
-from widthkit.train.step import StepContext, plain_step
+from widthkit.train.step import EndsEpochs, StepContext, TrainsItself, plain_step
 
-# Reading the loss makes a GPU wait; a run that went wrong is noticed at most this many updates late.
 _LOOK_EVERY = 20
+"""Updates between two looks at the loss, because reading it makes a GPU wait."""
 
 
 class Trainer:
@@ -61,16 +62,14 @@ class Trainer:
         self.loader = shard(loader)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.schedule = Schedule(optimizer, settings, loader_length(self.loader))
-        self.step: Callable[[StepContext], Tensor] = (
-            net.train_step if hasattr(net, "train_step") else lambda context: plain_step(net, context)  # type: ignore[assignment]
-        )
+        self.step = net.train_step if isinstance(net, TrainsItself) else partial(plain_step, net)
         history = getattr(net, "width_history", None)
         self.widths = history if isinstance(history, WidthHistory) else None
         self.done, self.updates = 0, 0
         self.history: list[dict[str, float]] = []
 
     def state(self) -> dict[str, Any]:
-        """Return everything that the next epoch depends on."""
+        """Return everything that the next epoch depends on, and the history of widths."""
         return {
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -81,7 +80,7 @@ class Trainer:
         }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
-        """Continue where a checkpoint of the same run ends."""
+        """Continue from a checkpoint of the same run."""
         state = stored["state"]
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -98,7 +97,7 @@ class Trainer:
         progress: bool,
         on_epoch: Callable[[dict[str, float]], None] | None,
     ) -> TrainResult:
-        """Train the epochs that are left, with a checkpoint after each if there is a ``file``.
+        """Train the remaining epochs; write a checkpoint after each if there is a ``file``.
 
         Raises:
             OptionError: If the loss or a weight is no longer finite; the module is as the last epoch left it.
@@ -154,8 +153,7 @@ class Trainer:
         if self.widths is not None:
             self.widths.end_epoch()
         result = _finite_figures(totals, start)
-        end: Callable[[], Mapping[str, float]] | None = getattr(self.net, "end_epoch", None)
-        return {**result, **(end() if callable(end) else {})}
+        return {**result, **(self.net.end_epoch() if isinstance(self.net, EndsEpochs) else {})}
 
     def _update(self, batch: Any, totals: Totals) -> None:
         inputs, targets = send_to_device(split_batch(batch), self.device)
@@ -198,7 +196,7 @@ class Trainer:
 
 
 def _finite_figures(totals: Totals, start: float) -> dict[str, float]:
-    """Read the sums of all processes, so that all of them stop together when one has gone wrong."""
+    """Read the sums over all processes, so that all of them stop together if the loss is not finite."""
     result = figures(parallel.sum_over_processes(totals.as_tensor()), time.perf_counter() - start)
     if not math.isfinite(result["loss"]):
         raise FloatingPointError(f"the loss is {result['loss']}")
@@ -206,14 +204,14 @@ def _finite_figures(totals: Totals, start: float) -> dict[str, float]:
 
 
 def _check_weights(parameters: list[nn.Parameter]) -> None:
-    """Notice a last update that spoiled the weights after the last loss was computed."""
+    """Refuse weights that are not finite; the last update of an epoch may spoil them after the last loss."""
     finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all()
     if not finite.item():
         raise FloatingPointError("a weight is not finite")
 
 
 def _snapshot(net: nn.Module) -> dict[str, Any]:
-    """Copy a module's state to the CPU, where it costs no accelerator memory."""
+    """Copy a module's state to the memory of the CPU."""
     return {
         name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
         for name, value in net.state_dict().items()

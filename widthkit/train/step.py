@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from widthkit.train.modes import call_model
 class StepContext:
     """One batch and the tools to learn from it.
 
-    A network with a method ``train_step(step: StepContext) -> Tensor`` does its own forwards and backwards: it runs
-    itself under ``step.amp()``, gives every loss to ``step.backward``, and returns the detached scalar loss to show.
-    The engine zeroes gradients before and updates weights after. Any other module gets :func:`plain_step`.
+    A network that :class:`TrainsItself` runs itself under ``step.amp()``, gives every loss to ``step.backward``, and
+    returns the detached scalar loss to show. The engine sets gradients to zero before and updates weights after. Any
+    other module gets :func:`plain_step`.
 
     Attributes:
         inputs: A tensor, or a tuple or dict of tensors, on the training device.
@@ -30,8 +30,8 @@ class StepContext:
         backward: Computes gradients of a loss; they add up in ``.grad`` over calls.
         generator: A CPU generator for the step's random choices. Its seed follows from the run's seed, the process
             and ``index``: processes differ, a resumed run repeats.
-        amp: Makes the autocast scope for forwards; a scope that does nothing in full precision.
-        outputs: The step may put outputs here; the accuracy shown is theirs.
+        amp: Makes the autocast scope for forwards; it does nothing in full precision.
+        outputs: The step may put outputs here; the progress bar shows their accuracy.
         progress: Share of the whole run that is done before this step, in ``[0, 1)``; it grows by epochs where the
             loader does not know its length.
     """
@@ -46,6 +46,22 @@ class StepContext:
     amp: Callable[[], AbstractContextManager[Any]]
     outputs: Any = None
     progress: float = 0.0
+
+
+@runtime_checkable
+class TrainsItself(Protocol):
+    """A network that does its own forwards and backwards."""
+
+    def train_step(self, step: StepContext) -> Tensor:
+        """Compute gradients on one batch; return the detached scalar loss to show."""
+
+
+@runtime_checkable
+class EndsEpochs(Protocol):
+    """A network with figures of its own for every epoch."""
+
+    def end_epoch(self) -> dict[str, float]:
+        """Return the figures of the epoch that has just ended."""
 
 
 def plain_step(net: nn.Module, step: StepContext) -> Tensor:
