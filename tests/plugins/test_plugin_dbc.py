@@ -30,7 +30,7 @@ def close(net, group, *units):
     """Close the gates of some units."""
     with torch.no_grad():
         for unit in units:
-            net.policy.gates[net.policy._slices[group].start + unit] = 0.45
+            net.policy.gates[net.policy.ranges[group].start + unit] = 0.45
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_every_group_keeps_its_largest_gate():
     with torch.no_grad():
         net.policy.gates.uniform_(-1, 0.4, generator=torch.Generator().manual_seed(0))
     bits = net.policy.bits().detach()
-    for where in net.policy._slices.values():
+    for where in net.policy.ranges.values():
         assert bits[where].sum() == 1
         assert bits[where].argmax() == net.policy.gates[where].argmax()
 
@@ -87,7 +87,7 @@ def test_gradients_of_open_and_closed_gates_are_the_derivatives_of_the_loss():
     close(net, group, 0, 3)
     labels = small_batch()[1]
     net.train_step(make_step())
-    bits, where = net.policy.bits().detach().double(), net.policy._slices[group]
+    bits, where = net.policy.bits().detach().double(), net.policy.ranges[group]
     for unit in (where.start, where.start + 1, where.start + 3):
         losses = []
         for shift in (-1e-5, 1e-5):
@@ -107,7 +107,7 @@ def test_closed_units_keep_their_weights_bit_by_bit_and_come_back():
     before = {name: p.detach().clone() for name, p in net.model.named_parameters()}
     weights = {"params": list(net.model.parameters()), "lr": 0.02}
     optimizer = torch.optim.SGD([weights, {"params": [net.policy.gates], "lr": 1.0}])
-    where, gone = net.policy._slices[group], set(range(6))
+    where, gone = net.policy.ranges[group], set(range(6))
     batch = small_batch(n=32)
     for index in range(200):
         optimizer.zero_grad()
@@ -143,7 +143,7 @@ def test_the_gated_network_is_the_exported_one(name):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         net.policy.gates.uniform_(0, 1, generator=generator)
-    kept = {name: np.flatnonzero(net.policy.bits().detach()[s].numpy()) for name, s in net.policy._slices.items()}
+    kept = {name: np.flatnonzero(net.policy.bits().detach()[s].numpy()) for name, s in net.policy.ranges.items()}
     x = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         gated = net.forward_gated(net.policy.bits(), make_step(batch=(x, None)))
@@ -238,7 +238,7 @@ def test_fixed_and_narrowed_groups_have_no_say():
         assert len(units[g.name]) <= g.widest
         assert units[g.name].max() < g.widest
     net.train_step(make_step())
-    assert (net.policy.gates.grad[net.policy._slices[names[0]]] == 0).all()
+    assert (net.policy.gates.grad[net.policy.ranges[names[0]]] == 0).all()
 
 
 def test_an_untrained_policy_shrinks_all_groups_alike():

@@ -1,14 +1,15 @@
 """Plug-ins of strangers: real distributions on ``sys.path``, broken in every way, beside one that works."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 
-from widthkit.cli import main
 from widthkit.errors import PluginError
 from widthkit.registry import Registry
 from widthkit.search.searcher import Searcher
-from widthkit.supernet.strategy import STRATEGIES, Strategy
+from widthkit.supernet.strategy import Strategy
 from widthkit.trace.rules import RULES
 
 STRATEGY = '''
@@ -158,19 +159,22 @@ def test_every_built_in_passes_the_checks():
         assert [info for info in registry.infos() if info.error] == []
 
 
-def test_the_command_line_lists_the_broken_ones_and_names_their_package(install, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["plugins"], 0),
+        (["train", "timm/resnet10t", "--strategy", "thing", "--data", "digits", "--out", "unused"], 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value),
+)
+def test_the_command_line_lists_the_broken_ones_and_names_their_package(install, tmp_path, arguments, code):
     install("careless-plugin", "import no_such_package\n", {"thing": "Thing"})
-    monkeypatch.setattr(STRATEGIES, "_scanned", False)
-    try:
-        for arguments, code in ((["plugins"], 0), (["train", "timm/resnet10t", "--strategy", "thing"], 2)):
-            more = ["--data", "digits", "--out", "unused"] if code else []
-            monkeypatch.setattr(sys, "argv", ["widthkit", *arguments, *more])
-            with pytest.raises(SystemExit) as stopped:
-                main()
-            shown = "".join(capsys.readouterr())
-            assert stopped.value.code == code
-            assert "thing" in shown
-            assert "careless-plugin" in shown
-            assert "no_such_package" in shown
-    finally:
-        STRATEGIES._failed.clear()
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "widthkit", *arguments]
+    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    shown = done.stdout + done.stderr
+    assert done.returncode == code, shown
+    assert "thing" in shown
+    assert "careless-plugin" in shown
+    assert "no_such_package" in shown

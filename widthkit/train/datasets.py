@@ -13,9 +13,6 @@ from torch.utils.data import Dataset, default_collate
 
 from widthkit.train.images import crop_and_flip, decode, resize
 
-# Above this, resized copies are made batch by batch: CIFAR-10 at 224 pixels would fill 7.5 GB.
-_RESIZED_BYTES = 2**29
-
 
 @dataclass(frozen=True)
 class Preparation:
@@ -99,16 +96,18 @@ class ArrayDataset(ImageDataset):
         images: ``(N, c, H, W)``, uint8, in their stored size.
         labels: ``(N,)``, int64.
         preparation: What happens to the pixels.
+        most_bytes: Largest size of all resized images together. Beyond it every batch is resized when it is read:
+            CIFAR-10 at 224 pixels would fill 7.5 GB.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, preparation: Preparation) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, preparation: Preparation, *, most_bytes: int = 2**29) -> None:
         super().__init__(labels, preparation)
         height, width = preparation.size
-        small = images.shape[0] * images.shape[1] * height * width <= _RESIZED_BYTES
+        small = images.shape[0] * images.shape[1] * height * width <= most_bytes
         self.images = resize(images, preparation.size) if small else images
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """Return the images at ``indices``, resized if that was left for later."""
+        """Return the images at ``indices``, resized now if they were too many to resize at once."""
         return resize(self.images[indices], self.preparation.size)
 
 

@@ -34,6 +34,7 @@ class Policy(nn.Module):
 
     Attributes:
         gates: ``[units of all groups]``.
+        ranges: Group name -> where its units are in the gates.
         settled: Whether the policy is fixed.
         kept: The units of the fixed policy.
         before: Which gates were open at the end of the last epoch.
@@ -53,12 +54,12 @@ class Policy(nn.Module):
         self.names, self.target, self.dense = net.wide_graph.group_names, target, int(net.graph.macs())
         self._graph: ChannelGraph = net.graph
         ends = np.cumsum(widths)
-        self._slices = {n: slice(int(e - w), int(e)) for n, e, w in zip(self.names, ends, widths, strict=True)}
+        self.ranges = {n: slice(int(e - w), int(e)) for n, e, w in zip(self.names, ends, widths, strict=True)}
         self._group = np.repeat(np.arange(len(widths)), widths)
         total = int(widths.sum())
         self._free, self._fixed = np.zeros(total, dtype=bool), np.zeros(total, dtype=bool)
         for g in net.space.groups:
-            first = self._slices[g.name].start
+            first = self.ranges[g.name].start
             (self._free if len(g.options) > 1 else self._fixed)[first : first + g.widest] = True
         self._padded = _padded(self._free, self._group, len(widths))
         self.gates = nn.Parameter(torch.full((total,), float(start)))
@@ -116,11 +117,11 @@ class Policy(nn.Module):
     def units(self) -> dict[str, IntArray]:
         """Return the policy's units: at most the target's MACs, as close below it as whole units allow."""
         kept = self.kept.cpu().numpy() if self.is_settled else self._project()
-        return {name: np.flatnonzero(kept[where]).astype(np.int64) for name, where in self._slices.items()}
+        return {name: np.flatnonzero(kept[where]).astype(np.int64) for name, where in self.ranges.items()}
 
     def ranked(self, name: str) -> IntArray:
         """Return a group's units, the ones to keep first; the policy's units are always a beginning of it."""
-        where = self._slices[name]
+        where = self.ranges[name]
         return np.lexsort((np.arange(where.stop - where.start), *self._keys(where)))
 
     def _keys(self, where: slice) -> tuple[npt.NDArray[Any], ...]:
@@ -160,7 +161,7 @@ class Policy(nn.Module):
         """
         values = self.gates.detach().double().cpu().numpy()
         place = np.zeros(len(values))
-        for name, where in self._slices.items():
+        for name, where in self.ranges.items():
             place[where.start + self.ranked(name)] = np.arange(where.stop - where.start) / (where.stop - where.start)
         bits: BoolArray = self._bits_now().copy()
         order = np.lexsort((-place, values))
