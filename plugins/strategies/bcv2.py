@@ -26,9 +26,9 @@ class BilaterallyCoupledV2(Strategy):
     channels, of which the outer ``l_s`` on either side belong to one end alone.
 
     Args:
-        layout: ``"exact"`` gives a layer ``l + l_s`` channels, for which the cardinality is uniform as Eq. 21 says;
-            ``"text"`` the ``l + l_s - d`` of the paper's text (d: the step between choices), which trains the shared
-            channels once more than the bases.
+        layout: ``"exact"`` gives a layer ``l + l_s`` channels, for which the cardinality is uniform as in Eq. 21.
+            ``"text"`` gives the ``l + l_s - d`` of the paper's text (d: the step between choices), which trains the
+            shared channels once more than the bases.
         iterative: Train the left network on odd batches and the right one on even ones (Eq. 22), which halves
             activations and work; otherwise both on every batch, with half the loss each (Eq. 10).
         complementary: With every width c also train ``l + l_s - c``.
@@ -43,7 +43,7 @@ class BilaterallyCoupledV2(Strategy):
             raise OptionError(f"layout '{self.layout}': bcv2 knows 'exact' and 'text'")
 
     def capacity(self, choices: GroupChoices) -> int:
-        """Both bases and what the ends share."""
+        """Both bases and the units that the ends share."""
         total = choices.widest + choices.narrowest
         if self.layout == "text" and len(choices.options) > 1:
             total -= round((choices.widest - choices.narrowest) / (len(choices.options) - 1))
@@ -57,7 +57,7 @@ class BilaterallyCoupledV2(Strategy):
     def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
         """The most important units as the left base, copies of them as the right one, the rest dealt to both ends.
 
-        With the exact layout the right network at full width then is the left one, in another order.
+        With the exact layout the right network of full width is then the left one in another order.
         """
         base = min(self.capacity(choices) - choices.width, choices.narrowest)
         if base <= 0 or choices.widest != choices.width:

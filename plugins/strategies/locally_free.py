@@ -21,28 +21,28 @@ from widthkit.supernet.strategy import StepCost, Strategy, Units, train_path
 from widthkit.train.step import StepContext
 
 _MOST_OFFSET = 4
-"""C(9, 5) = 126 patterns are run in a step; one more would be 462."""
+"""The largest offset in lockstep: C(9, 5) = 126 patterns run in a step, the next offset would run 462."""
 
 
 @dataclass(frozen=True)
 class LocallyFree(Strategy):
     """Base bins and free bins nearby, min-min training, max-max judging (CafeNet, Eq. 5 and 11-13).
 
-    A group's choices cut its units into bins: bin ``i`` holds what choice ``i`` has and choice ``i - 1`` has not, so
-    FLOPs-sensitive bins and evenly spaced choices are treated alike. The width of choice ``c`` (counted from 1) has
+    A group's choices cut its units into bins. Bin ``i`` holds the units of choice ``i`` that choice ``i - 1`` lacks,
+    for FLOPs-sensitive bins and evenly spaced choices alike. The width of choice ``c`` (counted from 1) has
     ``max(c - r - 1, 0)`` base bins and, of the bins ``[c - r, c + r]``, ``r + 1`` free ones.
 
-    Bins may differ in size, and patterns of equally many bins then differ in units. A sub-network has exactly its
-    width all the same: it takes base bins, then the pattern's free bins from the left, then the zone's other bins from
+    Bins may differ in size, so patterns with the same number of bins may differ in units. A sub-network still has
+    exactly its width: it takes base bins, then the pattern's free bins from the left, then the zone's other bins from
     the left, until the width is reached. With equal bins that is the pattern itself.
 
     Args:
         offset: ``r``, how far free bins may lie from the width's own.
-        random_first: The paper's lambda: in this first share of the run a random pattern is trained, afterwards the
-            one with the least loss.
+        random_first: The paper's lambda. In this first share of the run a random pattern is trained; after it, the
+            pattern of least loss.
         patterns: ``"lockstep"``: every layer has the same pattern, and all C(2r+1, r+1) are tried; ``"layerwise"``:
             every layer has its own, and ``samples`` combinations are tried.
-        samples: How many layer-wise combinations are tried per training step and per judgement.
+        samples: How many layer-wise combinations a training step or a judgement tries.
     """
 
     offset: int = 1
@@ -71,11 +71,11 @@ class LocallyFree(Strategy):
         return choices.widest
 
     def all_patterns(self, width: int, choices: GroupChoices) -> list[IntArray]:
-        """List the C(2r+1, r+1) patterns of a width; near both ends of a layer several of them are the same units."""
+        """List the units of the C(2r+1, r+1) patterns of a width; some are equal near both ends of a layer."""
         return [units.copy() for units in _patterns(width, choices, self.offset)]
 
     def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
-        """All patterns, or as many as are sampled: the i-th sample of a group is the same at every call."""
+        """All patterns, or ``samples`` of them, which are the same at every call."""
         found = self.all_patterns(width, choices)
         if self.patterns == "lockstep":
             return found
@@ -93,7 +93,7 @@ class LocallyFree(Strategy):
         if step.progress < self.random_first:
             best = int(rng.integers(len(candidates)))
         else:
-            best = _least(net, step, candidates)
+            best = _least_loss(net, step, candidates)
         loss = train_path(net, step, candidates[best])
         net.record(widths, loss)
         return loss
@@ -106,8 +106,8 @@ class LocallyFree(Strategy):
 
     def combine(self, scores: Sequence[float]) -> float:
         """The best pattern's score (Eq. 13); one that is not a number counts only if all are."""
-        known = [score for score in scores if not math.isnan(score)]
-        return max(known) if known else math.nan
+        numbers = [score for score in scores if not math.isnan(score)]
+        return max(numbers) if numbers else math.nan
 
     @property
     def cost(self) -> StepCost:
@@ -118,8 +118,8 @@ class LocallyFree(Strategy):
         return StepCost(n + 1, 1)
 
 
-def _least(net: Supernet, step: StepContext, candidates: Sequence[Units]) -> int:
-    """Return the candidate with the least loss; ties and losses that are not numbers go to the first."""
+def _least_loss(net: Supernet, step: StepContext, candidates: Sequence[Units]) -> int:
+    """Return the index of the candidate with the least loss: the first of equal ones, or if no loss is a number."""
     losses = []
     with torch.no_grad():
         for units in candidates:
@@ -146,9 +146,9 @@ def _patterns(width: int, choices: GroupChoices, offset: int) -> tuple[IntArray,
 
 
 def _clipped(bins: list[int], count: int, zone: range) -> list[int]:
-    """Fit a pattern to the ends of a layer: bins below the first vanish, bins past the last move down to unused ones.
+    """Fit a pattern to the ends of a layer: drop bins below the first, replace bins past the last by the last unused.
 
-    Every subset of ``count`` bins of the zone is what some pattern becomes.
+    Every subset of ``count`` bins of the zone comes from at least one pattern.
     """
     inside = [b for b in bins if b in zone][:count]
     spare = [b for b in reversed(zone) if b not in inside]

@@ -1,8 +1,8 @@
-"""Gates: run a whole model with every unit scaled by a factor at the places where it is read.
+"""Gates: run a whole model with every unit multiplied by a factor where it is read.
 
-A gate of 0 does what dropping the unit does, and gradients reach the gate. The factor goes on what consumers read (the
-input columns of the next layers' weights), behind norms, biases and activations: a channel that was only silenced where
-it is written would come back as a batch norm's bias or as sigmoid(0) = 1/2.
+A gate of 0 has the effect of dropping the unit, and gradients reach the gate. The factor is applied to what consumers
+read (the input columns of the next layers' weights), behind norms, biases and activations. A channel that is set to 0
+where it is written would not stay 0: a batch norm adds its bias, and sigmoid(0) is 1/2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from widthkit.train.modes import model_device
 
 @dataclass(frozen=True)
 class _Gated:
-    """One place that gates scale: a dim of a weight, or the channels that a module receives.
+    """One place where gates are applied: a dim of a weight, or the channels that a module receives.
 
     Args:
         name: Name of the weight, or path of the module.
@@ -72,7 +72,7 @@ class Gates:
         """
         factors = torch.cat([gates, gates.new_ones(1)])
         scaled: dict[str, Tensor] = {}
-        # Looked up at every run: moving a module to another device may replace its parameters.
+        # Moving a module to another device may replace its parameters.
         own = dict(self.model.named_parameters())
         with ExitStack() as stack:
             for place in self._places:
@@ -93,7 +93,7 @@ class Gates:
         return torch.cat(parts).to(model_device(self.model))
 
     def _find(self, merged: nn.Module | None) -> list[_Gated]:
-        """List the places for every group; groups that nothing reads by a weight are scaled where they are written."""
+        """List the places of all groups; groups that no weight reads are scaled where they are written."""
         modules = dict((merged or self.model).named_modules())
         found, covered, blocks = [], set(), set()
         for info in self.graph.tensors.values():
@@ -116,7 +116,7 @@ class Gates:
         return found + self._written(set(range(len(self.graph.group_names))) - covered, modules)
 
     def _untouched(self, name: str, merged: nn.Module | None) -> bool:
-        """Whether a weight of the merged network is the model's own, and not made from several branches."""
+        """Whether a weight of the merged network is also the model's, not made from several branches."""
         if merged is None or name not in self._own:
             return merged is None
         return merging_module(self.model, name.rpartition(".")[0]) is None or torch.equal(
@@ -124,7 +124,7 @@ class Gates:
         )
 
     def _input_of(self, name: str, reader: nn.Module, positions: Positions) -> _Gated:
-        """Gate what enters the block that a reading layer is merged from."""
+        """Return the input of the block that a reading layer is merged from."""
         block = merging_module(self.model, name.rpartition(".")[0])
         if block is None:
             raise ModelError(f"'{name}' is made by merging, but no block with fuse or reparameterize makes it")
@@ -132,7 +132,7 @@ class Gates:
         return _Gated(block, -1 if isinstance(reader, nn.Linear) else 1, index, input=True)
 
     def _written(self, groups: set[int], modules: Mapping[str, nn.Module]) -> list[_Gated]:
-        """Units that meet one another instead of a weight (query and key) are scaled where they come from."""
+        """List where groups are written that no weight reads, such as queries and keys."""
         found = []
         for group in sorted(groups):
             name = self.graph.group_names[group]

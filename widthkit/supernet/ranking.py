@@ -1,8 +1,8 @@
-"""How important every unit of a model is, by torch-pruning's criteria on groups built from our channel graph.
+"""Rank the units of a model by torch-pruning's criteria, on groups built from the channel graph.
 
-torch-pruning finds groups by following autograd; here they come from the tracer, so a criterion works on every model
-that can be traced. A criterion sees convolutions, linear layers and norms, as in torch-pruning; what a group has
-beside these (free parameters, embeddings) does not count.
+torch-pruning finds groups by following autograd. Here they come from the tracer, so a criterion works on every model
+that can be traced. As in torch-pruning, a criterion scores convolutions, linear layers and norms; other tensors of a
+group (free parameters, embeddings) do not count.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def check_criterion(criterion: str, data: Iterable[Any] | None) -> None:
 
     >>> check_criterion("tailor", None)
     Traceback (most recent call last):
-    widthkit.errors.OptionError: unknown importance criterion 'tailor': did you mean taylor?
+    widthkit.errors.OptionError: unknown ranking criterion 'tailor': did you mean taylor?
     """
     if criterion not in CRITERIA:
-        raise OptionError(f"unknown importance criterion '{criterion}': {close_matches(str(criterion), CRITERIA)}")
+        raise OptionError(f"unknown ranking criterion '{criterion}': {close_matches(str(criterion), CRITERIA)}")
     if criterion in NEEDS_DATA and data is None:
         raise OptionError(
-            f"importance '{criterion}' needs gradients; pass batches (inputs, targets) to compute them on"
+            f"ranking criterion '{criterion}' needs gradients; pass batches (inputs, targets) to compute them on"
         )
 
 
@@ -175,7 +175,7 @@ def _fill_gradients(
                     totals[name] += n * (tensor.grad.square() if squared else tensor.grad)
             seen += n
     if not seen:
-        raise DataError("the data for the importance hold no batch; pass a loader that is not used up")
+        raise DataError("the data for the ranking hold no batch; pass a loader that is not used up")
     for name, tensor in tensors.items():
         tensor.grad = totals[name] / seen
 
@@ -199,10 +199,10 @@ def rankings(scores: Scores) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def arrange(model: nn.Module, graph: ChannelGraph, orders: Mapping[str, npt.NDArray[np.int64]]) -> None:
-    """Put other units in every place of a model, in place, wherever the group lives.
+    """Rearrange the units of a model in place, at all sites of their groups.
 
-    A permutation of a group's units does not change what a model computes. Beyond that a unit may come to several
-    places: in a supernet that is wider than the model, a copy can be the start of a new channel.
+    A permutation of a group's units does not change what a model computes. A unit may also come to several places: in a
+    supernet that is wider than the model, a new channel can start as a copy.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""What a sharing strategy is: which units stand for a width, how many a layer needs, how a step trains.
+"""The contract of a sharing strategy: which units stand for a width, how many a layer needs, how a step trains.
 
 Strategies live outside the core and come in through the entry-point group ``widthkit.strategies``.
 """
@@ -29,22 +29,26 @@ Units = Mapping[str, IntArray]
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step costs, in runs of a sub-network."""
+    """Forwards and backwards of sub-networks in one training step."""
 
     forwards: int
     backwards: int
 
 
 class Strategy(ABC):
-    """Answers the three questions of weight sharing. Subclasses are frozen dataclasses of their options."""
+    """Says which units stand for a width, how many units a group needs, and how a step trains.
+
+    Subclasses are frozen dataclasses of their options. :meth:`train_step` calls ``net.record(widths, loss)`` for widths
+    that it trains if searches shall start from the best of them.
+    """
 
     @abstractmethod
     def capacity(self, choices: GroupChoices) -> int:
-        """How many units the supernet holds for a group, at least its widest choice."""
+        """Return how many units the supernet holds for a group, at least its widest choice."""
 
     @abstractmethod
     def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
-        """Which units stand for a width: one array ``[width]`` of ascending unit indices per path."""
+        """Return the units that stand for a width: one array ``[width]`` of ascending unit indices per path."""
 
     @abstractmethod
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
@@ -60,7 +64,7 @@ class Strategy(ABC):
         """Forwards and backwards of one training step."""
 
     def order(self, ranking: IntArray, choices: GroupChoices) -> IntArray:
-        """Where the units of a trained model go when their importance is known; the most important come first here.
+        """Return where the units of a ranked model go; by default the most important come first.
 
         Args:
             ranking: ``[width]``; the model's units, the most important first.
@@ -68,18 +72,16 @@ class Strategy(ABC):
 
         Returns:
             The unit that comes to each place of the supernet. The first ``choices.width`` places hold every unit
-            once; places after them, up to the capacity, start as copies of the units named there, or fresh when the
-            array ends before them.
+            once. Later places, up to the capacity, start as copies of the units named there; places past the end of
+            the array are initialised afresh.
         """
         return ranking
 
-    # What follows has a default that suits most strategies.
-
     def attach(self, net: Supernet) -> nn.Module | None:
-        """Make what the strategy learns beside the weights; it becomes ``net.policy``.
+        """Make the module with what the strategy learns beside the weights; it becomes ``net.policy``.
 
-        Its parameters are trained like any other, and its state is part of checkpoints. A strategy object itself holds
-        options only.
+        Its parameters are trained like any other, and its state is part of checkpoints. A strategy itself holds options
+        only.
         """
         return None
 
@@ -97,7 +99,7 @@ class Strategy(ABC):
         return [dict(zip(widths, units, strict=True)) for units in zip(*per_group, strict=True)] if widths else [{}]
 
     def chosen(self, net: Supernet) -> dict[str, IntArray] | None:
-        """Return the units that training itself has chosen, if it does: then nothing is left to search."""
+        """Return the units that training has chosen; ``None`` if widths are searched after training."""
         return None
 
     def end_epoch(self, net: Supernet) -> dict[str, float]:
@@ -105,14 +107,17 @@ class Strategy(ABC):
         return {}
 
     def for_budget(self, budget: str) -> Strategy:
-        """Return the strategy for a run that ends in a network of this budget; most do not care while training."""
+        """Return the strategy for a run with this budget; by default the budget changes nothing in training."""
         return self
 
 
 def train_path(net: Supernet, step: StepContext, units: Units, share: float = 1.0) -> Tensor:
-    """Train one sub-network on a batch: forward, backward of ``share`` times its loss; return that loss, detached.
+    """Train one sub-network on a batch: run it, and compute gradients of ``share`` times its loss.
 
-    The first sub-network of a step shows its outputs in the progress bar's accuracy.
+    The accuracy in the progress bar is that of the first sub-network of a step.
+
+    Returns:
+        The loss times ``share``, detached.
     """
     outputs = net.forward_on(units, step)
     loss = step.loss(outputs, step.targets) * share
@@ -129,7 +134,7 @@ register = STRATEGIES.register
 def check_paths(
     strategy: Strategy, found: Sequence[Units], widths: Mapping[str, int], capacities: Mapping[str, int]
 ) -> None:
-    """Refuse what a strategy gives as sub-networks if it is none.
+    """Refuse sub-networks of a strategy that do not fit the widths.
 
     Raises:
         PluginError: Naming the strategy and the first group that is wrong.
@@ -156,7 +161,7 @@ def check_paths(
 
 
 def can_distill(outputs: Any, targets: Any, loss: Any) -> bool:
-    """Whether a soft output can teach: class scores ``[N, C, ...]`` for integer targets, judged by cross entropy."""
+    """Whether soft outputs can be learned: class logits ``[N, C, ...]``, integer targets, and cross entropy."""
     return (
         is_cross_entropy(loss)
         and isinstance(outputs, Tensor)

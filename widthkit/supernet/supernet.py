@@ -1,4 +1,4 @@
-"""The weight-sharing net: one set of weights, every width vector of a space a sub-network of it."""
+"""The supernet: one set of weights that the sub-networks of all width vectors share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Supernet(nn.Module):
         space: The widths to choose from.
         strategy: Which units stand for a width, and how a step trains.
         seed: Seeds the values of channels that the model does not have yet.
-        scores: Importance of the model's units; the strategy then says where each goes.
+        scores: Scores that rank the model's units; the strategy then says where each goes.
         branched: The network to train, whose blocks merge to ``model``. A sub-network of it is the whole network with
             the missing units multiplied by 0 where they are read.
 
@@ -137,8 +137,8 @@ class Supernet(nn.Module):
     def units(self, widths: Kept | None, path: int = 0) -> dict[str, IntArray]:
         """Return the supernet's units that stand for widths (or for explicit units) on one path."""
         given = dict(widths or {})
-        explicit = {n: v for n, v in given.items() if not isinstance(v, (int, np.integer))}
-        plain = {n: int(v) for n, v in given.items() if isinstance(v, (int, np.integer)) and not isinstance(v, bool)}
+        explicit = {n: v for n, v in given.items() if isinstance(v, bool) or not isinstance(v, (int, np.integer))}
+        plain = {n: int(v) for n, v in given.items() if n not in explicit}
         paths = self.paths(plain)
         if not 0 <= path < len(paths):
             raise WidthsError(f"path {path} does not exist; the strategy has {len(paths)} per width")
@@ -211,11 +211,11 @@ class Supernet(nn.Module):
         return self.strategy.end_epoch(self)
 
     def chosen(self) -> dict[str, IntArray] | None:
-        """Return the units that training chose, or ``None`` where widths are still to be searched."""
+        """Return the units that training has chosen; ``None`` if widths are searched after training."""
         return self.strategy.chosen(self)
 
     def rng(self, step: StepContext) -> np.random.Generator:
-        """Return the generator of a step, seeded from the step's own so that processes draw differently."""
+        """Return a NumPy generator for a step, seeded by the step's generator, so that processes draw differently."""
         return np.random.default_rng(int(torch.randint(2**62, (1,), generator=step.generator)))
 
     def prepare(self, units: Units) -> PreparedSlices:

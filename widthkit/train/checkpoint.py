@@ -1,7 +1,7 @@
 """Nested Python values with tensors in one safetensors file: no pickle, nothing that could run when loaded.
 
-Tensors become entries of the file; everything around them becomes JSON in the file's metadata, with enough marks
-to give tuples, integer keys and non-finite numbers back as they were. A checksum covers both.
+Tensors become entries of the file; everything else becomes JSON in the file's metadata, marked so that tuples, integer
+keys and non-finite numbers come back as they were. A checksum covers both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Data sets by name, with a validation split that no training ever sees."""
+"""Load data sets by name, with a validation split that is never trained on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DataSplits:
     """A data set in three disjoint parts.
 
     Items are ``(float32 [in_channels, H, W] normalised per channel, int label)``. Every part is in a fixed shuffled
-    order in which each stretch has all classes in proportion, so that batch statistics mean something.
+    order in which each stretch has all classes in proportion, so that every batch is representative.
 
     Attributes:
         train: For training.

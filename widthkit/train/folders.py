@@ -25,10 +25,10 @@ def read_folder(path: Path) -> Source:
         train, names = _read_classes(path)
         return Source(train, None, None, names)
     train, names = _read_classes(path / "train")
-    # With only one of them, it is the data set's official judge; searches then get a share of the training images.
+    # A single held-out folder is the test split; the validation split then comes out of the training images.
     valid = _read_split(held_out[0], names) if held_out and test else None
-    judge = test or (held_out[0] if held_out else None)
-    return Source(train, valid, _read_split(judge, names) if judge else None, names)
+    tested = test or (held_out[0] if held_out else None)
+    return Source(train, valid, _read_split(tested, names) if tested else None, names)
 
 
 def _read_split(path: Path, names: tuple[str, ...]) -> Part:

@@ -23,7 +23,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process work by itself: widthkit's functions see one process, however many were launched together."""
+    """Let this process train by itself: inside, :func:`processes` is 1, however many were launched together."""
     token = _ALONE.set(True)
     try:
         yield

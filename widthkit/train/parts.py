@@ -1,4 +1,4 @@
-"""What every reader of data sets makes, and the checks they share."""
+"""The form in which all data sets are read, and the checks of their arrays."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def checked_part(images: NDArray[Any], labels: NDArray[Any], where: str) -> Part
     Args:
         images: ``(N, H, W)`` or ``(N, H, W, C)``, uint8.
         labels: ``(N,)`` or ``(N, 1)``, whole numbers from 0.
-        where: The arrays' place, for the message.
+        where: Where the arrays come from, for the message.
 
     Raises:
         DataError: If they are something else, or differ in length.

@@ -1,4 +1,4 @@
-"""What a person sees while a network trains: a bar on a terminal, one plain line per epoch elsewhere."""
+"""Show the progress of a training: a bar on a terminal, one plain line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TrainingBar:
         """Show the figures of a whole epoch."""
         self.figures(entry)
         if self.plain:
-            line = f"epoch {int(entry['epoch'])}/{self.epochs}  {describe(entry)}  lr {entry['lr']:.3g}{more(entry)}"
+            line = f"epoch {int(entry['epoch'])}/{self.epochs}  {describe(entry)}  lr {entry['lr']:.3g}{other_figures(entry)}"
             print(f"{line}  {entry['seconds']:.1f} s", file=sys.stderr, flush=True)
 
 
@@ -74,10 +74,10 @@ def describe(entry: Mapping[str, float]) -> str:
     return f"loss {entry['loss']:.4f}  {accuracy}{entry['images_per_s']:.0f} images/s"
 
 
-def more(entry: Mapping[str, float]) -> str:
+def other_figures(entry: Mapping[str, float]) -> str:
     """Write the figures that a network added to those of every training.
 
-    >>> more({"loss": 1.0, "lr": 0.1, "policy_macs": 0.51234})
+    >>> other_figures({"loss": 1.0, "lr": 0.1, "policy_macs": 0.51234})
     '  policy_macs 0.512'
     """
     return "".join(f"  {name} {value:.3g}" for name, value in entry.items() if name not in _COMMON)

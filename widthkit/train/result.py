@@ -1,4 +1,4 @@
-"""What a training run leaves behind: figures by epoch, and the file it can be continued from."""
+"""The result of a training: the figures of every epoch, and the checkpoint from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TrainResult:
 
 @dataclass
 class Totals:
-    """Sums over the samples of an epoch, kept on the device so that no step has to wait for it."""
+    """Sums over the samples of an epoch; they stay on the device, because reading them makes it wait."""
 
     device: torch.device
     images: int = 0
@@ -101,7 +101,7 @@ def prepare_out(out: str | Path | None) -> Path | None:
     """Make the run's folder and return where its checkpoint goes.
 
     Raises:
-        OptionError: If the folder cannot be made or written to; better now than after the first epoch.
+        OptionError: If the folder cannot be made or written to.
     """
     if out is None:
         return None

@@ -1,4 +1,4 @@
-"""Seeds that follow from the run's position, and scopes that give the user's generators back untouched."""
+"""Seeds that follow from the position in a run, and a scope that restores the user's generators."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def seeded(seed: int) -> Iterator[None]:
     True
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # A run on the CPU must not wake the GPUs: a seed given to them now would outlive the scope.
-    awake = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count() if awake else 0)):
+    # Where CUDA is not in use, its generators are left alone: a seed set now would outlive the scope.
+    cuda_in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count() if cuda_in_use else 0)):
         try:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
-            if awake:
+            if cuda_in_use:
                 torch.cuda.manual_seed_all(seed)
             yield
         finally:

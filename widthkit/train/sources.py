@@ -1,4 +1,4 @@
-"""Data sets as they lie on disk, by name. Nothing is downloaded."""
+"""Read data sets from disk by name; nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gates of strategy ``dbc``: their binarisation, their cost, and the units that they stand for in the end."""
+"""The gates of strategy ``dbc``: how they become bits, what the open units cost, and which units are kept."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from widthkit.supernet import Supernet
 BoolArray = npt.NDArray[np.bool_]
 THRESHOLD = 0.5
 _CLOSE = 0.999
-"""A policy within this share of its target has nothing to gain from one more unit."""
+"""No more units are opened once the MACs reach this share of the target."""
 
 
 class Policy(nn.Module):
-    """The gates of all groups, and which units they stand for.
+    """The gates of all groups, and the units that they keep.
 
-    Units that the search space leaves no choice about have no say: a group of one choice is open as far as that choice
-    says, and units past a group's widest choice are closed.
+    The search space limits them. In a group of one choice the units of that choice are open, whatever their gates are.
+    Units past a group's widest choice are closed.
 
     Args:
-        net: The supernet that they belong to.
+        net: The supernet.
         target: MACs to end with.
-        start: Every gate's first value.
+        start: Initial value of every gate.
 
     Attributes:
         gates: ``[units of all groups]``.
         ranges: Group name -> where its units are in the gates.
         settled: Whether the policy is fixed.
         kept: The units of the fixed policy.
-        before: Which gates were open at the end of the last epoch.
+        before: Which units were open at the end of the last epoch.
 
     Raises:
         BudgetError: If one unit per group costs more than the target, and there is anything to choose.
@@ -75,9 +75,10 @@ class Policy(nn.Module):
     # --- training -----------------------------------------------------------------------------------------------------
 
     def bits(self) -> Tensor:
-        """Binarise: ``[units]``, 1 above the threshold, the largest of every group always; gradients pass unchanged.
+        """Return ``[units]``: 1 for open units, 0 for closed ones; gradients pass to the gates unchanged.
 
-        The straight-through estimator of PaS, Eq. 2.
+        A unit is open if its gate is above the threshold or the largest of its group. This is the straight-through
+        estimator of PaS, Eq. 2.
         """
         device = self.gates.device
         hard = (self._open() | torch.from_numpy(self._fixed).to(device)).to(self.gates.dtype)
@@ -85,19 +86,19 @@ class Policy(nn.Module):
         return hard + free * (self.gates - self.gates.detach())
 
     def macs(self, bits: Tensor) -> Tensor:
-        """MACs of the open units, differentiable by every bit: the exact polynomial and its exact gradient."""
+        """Return the MACs of the open units: the exact polynomial, with its exact gradient for every bit."""
         widths = torch.zeros(len(self.names), dtype=torch.float64, device=bits.device)
         widths = widths.index_add(0, torch.from_numpy(self._group).to(bits.device), bits.double())
         value: Tensor = ExactMacs.apply(widths, self._graph.cost.macs_polynomial)  # type: ignore[no-untyped-call]
         return value
 
     def settle(self) -> None:
-        """Fix the policy: from now on its units are the ones that :meth:`units` names."""
+        """Fix the policy; :meth:`units` does not change any more."""
         self.kept.copy_(torch.from_numpy(self._project()))
         self.settled.fill_(True)
 
     def end_epoch(self) -> dict[str, float]:
-        """Return figures of convergence, and start to count flips anew."""
+        """Return figures of convergence: MACs, open units, and units that flipped since the last epoch ended."""
         now = self._bits_now()
         flipped = int((now != self.before.cpu().numpy()).sum())
         self.before.copy_(torch.from_numpy(now))
@@ -107,7 +108,7 @@ class Policy(nn.Module):
             "policy_flipped": float(flipped),
         }
 
-    # --- what it stands for -------------------------------------------------------------------------------------------
+    # --- the kept units -----------------------------------------------------------------------------------------------
 
     @property
     def is_settled(self) -> bool:
@@ -115,12 +116,12 @@ class Policy(nn.Module):
         return bool(self.settled)
 
     def units(self) -> dict[str, IntArray]:
-        """Return the policy's units: at most the target's MACs, as close below it as whole units allow."""
+        """Return the kept units; they have at most the target's MACs, as close to it as whole units allow."""
         kept = self.kept.cpu().numpy() if self.is_settled else self._project()
         return {name: np.flatnonzero(kept[where]).astype(np.int64) for name, where in self.ranges.items()}
 
     def ranked(self, name: str) -> IntArray:
-        """Return a group's units, the ones to keep first; the policy's units are always a beginning of it."""
+        """Return a group's units in the order in which they are kept; :meth:`units` has the first ones."""
         where = self.ranges[name]
         return np.lexsort((np.arange(where.stop - where.start), *self._keys(where)))
 
@@ -146,7 +147,7 @@ class Policy(nn.Module):
         return np.asarray(self._open().cpu().numpy() | self._fixed)
 
     def _first(self) -> BoolArray:
-        """One unit of every free group."""
+        """Return one unit of every group that has a choice."""
         first = np.zeros_like(self._free)
         first[self._padded[:, 0][self._padded[:, 0] >= 0]] = True
         return first
@@ -170,7 +171,7 @@ class Policy(nn.Module):
         return bits
 
     def _close(self, bits: BoolArray, order: IntArray) -> IntArray:
-        """Close as few units as it takes, in order; the cost falls with every one, so bisection finds how many."""
+        """Close as few units as the target needs, in order; costs fall with every unit, so bisection finds how many."""
         low, high, counts = 0, len(order), self._counts(bits)
         while low < high:
             middle = (low + high) // 2
@@ -180,7 +181,7 @@ class Policy(nn.Module):
         return self._counts(bits)
 
     def _reopen(self, bits: BoolArray, counts: IntArray, order: IntArray) -> None:
-        """Open units while they fit; a group that did not fit once never will."""
+        """Open units in order while they fit; a group whose unit did not fit is left out from then on."""
         full: set[int] = set()
         for unit in order.tolist():
             if self._graph.macs(counts) >= _CLOSE * self.target:
@@ -201,14 +202,14 @@ class ExactMacs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, widths: Tensor, polynomial: Polynomial) -> Tensor:
-        """Evaluate at widths, which need not be whole numbers."""
+        """Evaluate the polynomial; widths need not be whole numbers."""
         vector = widths.detach().cpu().numpy()
         ctx.slope = widths.new_tensor(polynomial.gradient(vector))
         return widths.new_tensor(polynomial.per_term(vector).sum() / polynomial.divisor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Scale the gradient."""
+        """Multiply the incoming gradient by the slope."""
         return grads[0] * ctx.slope, None
 
 

@@ -22,17 +22,17 @@ from widthkit.train.step import StepContext
 class DepthwiseBinary(Strategy):
     """One binary gate per unit, trained with the weights; no search follows (PaS, Eq. 1-5).
 
-    Every step runs the whole network with the units whose gate is at most 0.5 taken away where they are read.
-    Gradients pass the binarisation unchanged. The loss is ``task + beta * ((MACs - target) / dense MACs)**2``. A unit
-    without a gate keeps its weights, and its gate keeps learning, so it can come back. In the last part of the run
-    the policy is fixed: the units with the largest gates, as many as the target allows; from then on that sub-network
-    alone is trained.
+    Every step runs the whole network. Units whose gate is at most 0.5 are multiplied by 0 where they are read.
+    Gradients pass the binarisation unchanged. The loss is ``task + beta * ((MACs - target) / dense MACs)**2``. A closed
+    unit keeps its weights, and its gate keeps learning, so it can open again. In the last part of the run the policy is
+    fixed: the units with the largest gates are kept, as many as the target allows, and only that sub-network is
+    trained. Training chooses the widths, so no losses of widths are recorded for a search.
 
     Args:
         target: MACs to end with, as ``"0.5x"`` or ``"2.0GMACs"``; by default the run's budget, else half the model's.
         beta: Weight of the MACs term.
-        start: Every gate's first value.
-        settle: Share of the run at its end in which the policy is fixed.
+        start: Initial value of every gate.
+        settle: Share of the run, at its end, in which the policy is fixed.
     """
 
     target: str | None = None
@@ -59,7 +59,7 @@ class DepthwiseBinary(Strategy):
         return choices.widest
 
     def paths(self, width: int, choices: GroupChoices) -> Sequence[IntArray]:
-        """``[0, width)``, which is right as long as all gates are equal; :meth:`subnetworks` knows the gates."""
+        """One path: ``[0, width)``, the units of equal gates; :meth:`subnetworks` takes the gates into account."""
         return (np.arange(width),)
 
     def attach(self, net: Supernet) -> Policy:
@@ -72,12 +72,12 @@ class DepthwiseBinary(Strategy):
         return [{name: np.sort(policy.ranked(name)[:width]) for name, width in widths.items()}]
 
     def chosen(self, net: Supernet) -> dict[str, IntArray]:
-        """The policy: its units are at most the target's MACs, and as close below as whole units allow."""
+        """Return the kept units; they have at most the target's MACs, as close to it as whole units allow."""
         units: dict[str, IntArray] = policy_of(net).units()
         return units
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
-        """Train weights and gates together; at the end of a run the weights of the settled policy alone."""
+        """Train weights and gates together; once the policy is settled, only the weights of the kept units."""
         policy = policy_of(net)
         if step.progress >= 1 - self.settle and not policy.is_settled:
             policy.settle()
@@ -92,7 +92,7 @@ class DepthwiseBinary(Strategy):
         return task.detach()
 
     def end_epoch(self, net: Supernet) -> dict[str, float]:
-        """How the policy converges: its MACs (share of the dense model's), open units, and how many have flipped."""
+        """Return the policy's MACs (share of the dense model's), its share of open units, and how many flipped."""
         figures: dict[str, float] = policy_of(net).end_epoch()
         return figures
 
