@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
+from widthkit.errors import WidthsError
 from widthkit.export.dense import export
 from widthkit.supernet import make_supernet
 from widthkit.supernet.slices import ParameterSlice, add_into, copy_into, gather, spec_of
@@ -209,6 +210,11 @@ def test_running_in_eval_mode_changes_no_buffer(units):
     before = {name: b.clone() for name, b in net.model.named_buffers()}
     net.run(net.units(UNITS[units]), small_batch()[0])
     assert all(torch.equal(b, before[name]) for name, b in net.model.named_buffers())
+
+
+def test_truth_values_are_no_widths():
+    with pytest.raises(WidthsError, match="True"):
+        build().set_widths({small_graph().group_names[0]: True})
 
 
 # --- what stays -------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def make_supernet(
     Raises:
         WidthkitError: If anything does not fit; the model is unchanged.
 
-    >>> from torch import nn
+    >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> net = make_supernet(model, example_inputs=(1, 3, 8, 8), k=4)
     >>> net.set_widths({"0": 2})(torch.zeros(1, 3, 8, 8)).shape

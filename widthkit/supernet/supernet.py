@@ -136,9 +136,12 @@ class Supernet(nn.Module):
 
     def units(self, widths: Kept | None, path: int = 0) -> dict[str, IntArray]:
         """Return the supernet's units that stand for widths (or for explicit units) on one path."""
-        given = dict(widths or {})
-        explicit = {n: v for n, v in given.items() if isinstance(v, bool) or not isinstance(v, (int, np.integer))}
-        plain = {n: int(v) for n, v in given.items() if n not in explicit}
+        plain, explicit = {}, {}
+        for name, value in (widths or {}).items():
+            if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+                plain[name] = int(value)
+            else:
+                explicit[name] = value
         paths = self.paths(plain)
         if not 0 <= path < len(paths):
             raise WidthsError(f"path {path} does not exist; the strategy has {len(paths)} per width")

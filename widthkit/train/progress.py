@@ -58,8 +58,8 @@ class TrainingBar:
         """Show the figures of a whole epoch."""
         self.figures(entry)
         if self.plain:
-            line = f"epoch {int(entry['epoch'])}/{self.epochs}  {describe(entry)}  lr {entry['lr']:.3g}{other_figures(entry)}"
-            print(f"{line}  {entry['seconds']:.1f} s", file=sys.stderr, flush=True)
+            line = f"epoch {int(entry['epoch'])}/{self.epochs}  {describe(entry)}  lr {entry['lr']:.3g}"
+            print(f"{line}{other_figures(entry)}  {entry['seconds']:.1f} s", file=sys.stderr, flush=True)
 
 
 def describe(entry: Mapping[str, float]) -> str:
