@@ -15,7 +15,7 @@ from widthkit.bench.files import write
 from widthkit.export import export
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.latency import Conditions, LatencyModel
-from widthkit.latency.model import NETWORKS, random_widths, spread_widths
+from widthkit.latency.model import N_NETWORKS, random_widths, spread_widths
 from widthkit.modules.models import create_model
 from widthkit.trace import trace
 
@@ -62,7 +62,7 @@ def measure(name: str, size: int, conditions: Conditions, networks: int, seed: i
     start = time.perf_counter()
     latency.sums(graph.vector())
     tables = time.perf_counter()
-    known, rng = spread_widths(graph, NETWORKS), np.random.default_rng(seed)
+    known, rng = spread_widths(graph, N_NETWORKS), np.random.default_rng(seed)
     drawn = random_widths(graph, rng.uniform(0.15, 0.95, networks).tolist(), rng)
     built = {str(i): export(model, widths, graph=graph) for i, widths in enumerate([*known, *drawn])}
     times = list(latency.measure_ms(built).values())

@@ -172,6 +172,6 @@ class InPlace(nn.Module):
         return self.b(x)
 
 
-def test_an_operation_in_place_between_modules_ends_the_trunk():
+def test_an_operation_in_place_between_modules_ends_the_chain():
     body = wk.backbone(InPlace(), (0,), example_inputs=(1, 3, 16, 16))
     assert list(dict(body.named_children())) == ["a"]
