@@ -108,7 +108,7 @@ def _parameter_limit(most: int) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > most:
-            raise ModelError(f"the model has more than {most} parameter tensors, the file describes fewer")
+            raise ModelError(f"the model has more than {most} tensors as parameters, the file describes fewer")
 
     handle = register_module_parameter_registration_hook(hook)
     try:
