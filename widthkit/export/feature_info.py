@@ -40,7 +40,7 @@ def refresh_feature_info(net: nn.Module) -> None:
     warnings.warn(
         f"feature_info of {type(net).__name__} still names the dense channel counts: the network runs on no usual "
         f"image size ({failure}); set its num_chs entries yourself before you build a feature extractor",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

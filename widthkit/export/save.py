@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from widthkit.export.check import usable_inputs
 from widthkit.export.formats import FORMATS
 from widthkit.export.slim_file import paths_of, save_slim
 from widthkit.export.staging import StagedFiles
-from widthkit.export.writer import DTYPES, CheckedWriter, Variant
+from widthkit.export.writer import DTYPES, CheckedWriter, Say, Variant
+from widthkit.modules.models import ModelName
 from widthkit.train.modes import checked_device
-
-Say = Callable[[str], object]
 
 
 def save(
@@ -37,27 +36,21 @@ def save(
 ) -> tuple[Path, ...]:
     """Write a slim network: safetensors and JSON by default, other formats by name.
 
-    ``safetensors`` writes ``PATH.safetensors`` and ``PATH.json``, which :func:`widthkit.load` reads. ``pt2`` writes
-    ``PATH.pt2`` (``torch.export`` with a dynamic batch size), ``onnx`` writes ``PATH.onnx`` (dynamo exporter), ``aoti``
-    writes ``PATH.aoti-cpu.pt2`` or ``PATH.aoti-cuda.pt2`` (AOTInductor). Every file is opened again and run on the
-    example input at three batch sizes. The largest difference from the reference is printed and kept in ``FILE.json``.
-    Nothing is written unless all files pass.
+    ``safetensors`` writes ``PATH.safetensors`` and ``PATH.json``, which :func:`widthkit.load` reads. Every file is
+    opened again and run at three batch sizes; ``FILE.json`` keeps the largest difference from the reference. Nothing is
+    written unless all files pass.
 
     Args:
-        slim: A network that :func:`widthkit.export` made, possibly trained since. Formats other than safetensors take
-            any module.
+        slim: A network that :func:`widthkit.export` made; formats other than safetensors take any module.
         path: Where to write; an ending ``.json`` or ``.safetensors`` is removed.
-        formats: Of ``safetensors``, ``pt2``, ``onnx``, ``aoti``.
-        model: Name of the dense model (``torchvision/...``, ``timm/...``, ``package.module:factory``). Models of
-            torchvision and timm are recognised without it.
+        formats: Of ``safetensors``, ``pt2`` (``torch.export``), ``onnx``, ``aoti`` (AOTInductor).
+        model: Name of the dense model; models of torchvision and timm are recognised without it.
         kwargs: Arguments of the dense model's factory, with ``model``.
         example_inputs: As in :func:`widthkit.trace`.
-        reference: The network whose outputs the files must give, for instance the supernet at these widths if ``slim``
-            still has its batch-norm statistics. ``None`` is ``slim`` itself.
+        reference: The network whose outputs the files must give; by default ``slim`` itself.
         dtype: ``fp32``, ``fp16``, ``bf16`` or ``fp64``; the network's own by default.
         channels_last: Keep 4-D weights and inputs with channels last in memory; ONNX has no memory formats.
-        fold_bn: Fold batch norms into the convolutions before them; not for safetensors, which rebuilds the network
-            with its batch norms.
+        fold_bn: Fold batch norms into the convolutions before them; not for safetensors.
         device: Where AOTInductor compiles for and the files are checked.
         say: Called with one line of text per checked file; ``None`` prints nothing.
 
@@ -65,9 +58,8 @@ def save(
         The paths of the files, weights first; the records ``FILE.json`` are not among them.
 
     Raises:
-        SlimFileError: If the dense model's name is not known or does not rebuild this network.
+        SlimFileError: If the dense model's name is not known or does not rebuild this network; nothing is written.
         ExportError: If a format cannot hold the network, or a file computes something else; nothing is written.
-        OptionError: If a format or an option is unknown, or a file cannot be written.
 
     >>> import tempfile, widthkit as wk
     >>> slim = wk.export(wk.create_model("torchvision/resnet18", num_classes=10), {"conv1": 16})
@@ -77,19 +69,16 @@ def save(
     """
     variant = Variant(dtype, channels_last, fold_bn, device)
     chosen = _check_options(formats, variant)
+    dense = ModelName(model, dict(kwargs or {})) if model else None
+    target = paths_of(path)[0]
     with tempfile.TemporaryDirectory(prefix="widthkit-") as folder:
-        staged = StagedFiles(Path(folder), paths_of(path)[0].with_suffix("").name)
-        unchanged = variant == Variant() and example_inputs is None and reference is None
-        if chosen == ["safetensors"] and unchanged:
-            save_slim(slim, staged.base, model=model, kwargs=kwargs)
+        staged = StagedFiles(Path(folder), target.with_suffix("").name)
+        if chosen == ["safetensors"] and variant == Variant() and example_inputs is None and reference is None:
+            save_slim(slim, staged.base, dense)
         else:
-            writer = CheckedWriter(slim, variant, usable_inputs(slim, example_inputs), reference)
-            for name in chosen:
-                writer.write(name, staged, model, kwargs)
-            if say is not None:
-                for line in writer.lines:
-                    say(line)
-        return staged.place(paths_of(path)[0].parent)
+            inputs = usable_inputs(slim, example_inputs)
+            CheckedWriter(slim, variant, inputs, reference, dense).write_all(chosen, staged, say)
+        return staged.place(target.parent)
 
 
 def check_formats(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,10 +23,13 @@ from widthkit.modules.structure import Dense, structure, structure_hash
 from widthkit.version import __version__
 
 
-def save_slim(
-    slim: nn.Module, path: str | Path, *, model: str | None = None, kwargs: Mapping[str, Any] | None = None
-) -> tuple[Path, Path]:
-    """Write ``PATH.safetensors`` and ``PATH.json``; see :func:`widthkit.save`.
+def save_slim(slim: nn.Module, path: Path, dense: ModelName | None) -> tuple[Path, Path]:
+    """Write ``PATH.safetensors`` and ``PATH.json``.
+
+    Args:
+        slim: A network that :func:`widthkit.export` made, possibly trained since.
+        path: Where to write.
+        dense: Name and arguments of the dense model; ``None`` if widthkit should recognise it.
 
     Returns:
         The two paths, weights first.
@@ -38,7 +40,7 @@ def save_slim(
     origin = origin_of(slim)
     if origin is None:
         raise SlimFileError(f"{type(slim).__name__} was not made by widthkit.export; export it first")
-    name = _name_of(slim, origin, ModelName(model, dict(kwargs or {})) if model else None)
+    name = _name_of(slim, origin, dense)
     tensors = _state(slim)
     blob = safetensors.torch.save(tensors, metadata={"format": "pt"})
     weights, recipe = paths_of(path)

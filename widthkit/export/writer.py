@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from widthkit.export.formats import FORMATS, Prepared
 from widthkit.export.slim_file import load, save_slim
 from widthkit.export.staging import StagedFiles
 from widthkit.modules.clone import real_clone
+from widthkit.modules.models import ModelName
 from widthkit.trace.inputs import Inputs, batch_size, float_dtype
 from widthkit.train.modes import model_device
 from widthkit.version import versions
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Run = Callable[[Inputs], Any]
+Say = Callable[[str], object]
+RunFile = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,19 @@ class CheckedWriter:
         variant: The form to write.
         inputs: Example inputs; the comparison uses their batch size (at least 2), 1, and one more.
         reference: The network whose outputs the files must give; ``None`` is ``slim`` itself.
-
-    Attributes:
-        lines: One line of text per written file.
+        dense: Name and arguments of the dense model, for safetensors; ``None`` if widthkit should recognise it.
     """
 
-    def __init__(self, slim: nn.Module, variant: Variant, inputs: Inputs, reference: nn.Module | None) -> None:
+    def __init__(
+        self,
+        slim: nn.Module,
+        variant: Variant,
+        inputs: Inputs,
+        reference: nn.Module | None,
+        dense: ModelName | None,
+    ) -> None:
         self.variant = variant
-        self.lines: list[str] = []
+        self._dense = dense
         n = max(2, batch_size(inputs))
         self._inputs = {batch: resized(inputs, batch) for batch in (n, 1, n + 1)}
         self._reference = "the network itself" if reference is None else type(reference).__name__
@@ -84,14 +91,24 @@ class CheckedWriter:
         self._tolerance = tolerance(self._dtype, self._rounding)
         self._prepared = Prepared(self._cast(net.to(variant.device)), self._cast_inputs(self._inputs[n]))
 
-    def write(self, name: str, staged: StagedFiles, model: str | None, kwargs: Mapping[str, Any] | None) -> None:
+    def write_all(self, names: Sequence[str], staged: StagedFiles, say: Say | None) -> None:
+        """Write several formats, as :meth:`write` does, then pass each line of text to ``say``."""
+        lines = [self.write(name, staged) for name in names]
+        if say is not None:
+            for line in lines:
+                say(line)
+
+    def write(self, name: str, staged: StagedFiles) -> str:
         """Write one format to the staging folder, run the file, compare its outputs, and keep its record.
+
+        Returns:
+            One line of text about the comparison.
 
         Raises:
             ExportError: If the format cannot hold the network, or the file computes something else.
         """
         try:
-            file, run, more = self._write_file(name, staged, model, kwargs)
+            file, run, more = self._write_file(name, staged)
             found = [self._compare(run, batch) for batch in self._inputs]
         except (WidthkitError, MemoryError):
             raise
@@ -101,25 +118,24 @@ class CheckedWriter:
         refuse_mismatch(found, f"format {name}")
         staged.record(file, self._record(name, file, found, more))
         worst = max(found, key=lambda c: c.largest_difference / (c.largest_output or 1.0))
-        self.lines.append(
+        return (
             f"{file.name}: largest difference from {self._reference} {worst.largest_difference:.2g} "
             f"(largest output {worst.largest_output:.3g}, allowed {worst.tolerance:g} of it)"
         )
 
-    def _write_file(
-        self, name: str, staged: StagedFiles, model: str | None, kwargs: Mapping[str, Any] | None
-    ) -> tuple[Path, Run, dict[str, Any]]:
+    def _write_file(self, name: str, staged: StagedFiles) -> tuple[Path, RunFile, dict[str, Any]]:
         """Return the file, a function that runs it, and the format's own entries of the record."""
         if name == "safetensors":
-            file, _ = save_slim(self._prepared.net, staged.base, model=model, kwargs=kwargs)
-            again = self._cast(load(file, allow=[model] if model else [], device=self.variant.device))
+            file, _ = save_slim(self._prepared.net, staged.base, self._dense)
+            allow = [self._dense.name] if self._dense else []
+            again = self._cast(load(file, allow=allow, device=self.variant.device))
             return file, lambda inputs: outputs(again, inputs), {}
         target = FORMATS[name]
         file = staged.file(target.suffix(self._prepared.device))
         more = target.write(self._prepared, file)
         return file, target.runner(file, self._prepared.device), more
 
-    def _compare(self, run: Run, batch: int) -> Comparison:
+    def _compare(self, run: RunFile, batch: int) -> Comparison:
         with full_float32(self._prepared.device):
             got = run(self._cast_inputs(self._inputs[batch]))
         return compare(self._expected[batch], got, self._tolerance, batch)
@@ -151,7 +167,7 @@ class CheckedWriter:
             "inputs": [["batch", *t.shape[1:]] for t in tensors],
             **more,
             "compared_with": self._reference,
-            "rounding_weights_and_inputs_does": self._rounding,
+            "rounding_effect": self._rounding,
             "checks": [c.record() for c in found],
             "versions": versions(),
         }

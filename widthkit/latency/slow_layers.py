@@ -164,12 +164,12 @@ def _median(times: list[float], repeats: int) -> float:
 
 
 def _work(module: nn.Module, result: Any) -> tuple[int, int]:
-    elements = result.numel() if isinstance(result, Tensor) else 0
-    weight = getattr(module, "weight", None)
-    if not isinstance(result, Tensor) or not isinstance(weight, Tensor) or weight.ndim < 2:
-        return 0, elements
+    """Return MACs and number of outputs of one call."""
+    if not isinstance(result, Tensor):
+        return 0, 0
+    elements = result.numel()
     if isinstance(module, nn.Linear):
-        return weight.numel() * (elements // result.shape[-1]), elements
+        return module.weight.numel() * (elements // result.shape[-1]), elements
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return weight.numel() * result.shape[0] * math.prod(result.shape[2:]), elements
+        return module.weight.numel() * result.shape[0] * math.prod(result.shape[2:]), elements
     return 0, elements
