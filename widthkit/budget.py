@@ -117,7 +117,7 @@ class Budget:
         if not self.fits(space.graph, narrow):
             macs, params = space.graph.macs(narrow), space.graph.params(narrow)
             shown = [f"{show_count(macs)} MACs, {show_count(params)} params"]
-            shown += [b.show(b.cost(space.graph, narrow)) for b in self.limits if b.kind in ("memory", "latency")]
+            shown += [m.show(m.cost(space.graph, narrow)) for m in self.limits if m.kind in ("memory", "latency")]
             raise BudgetError(
                 f"budget {self} is below the narrowest network of this space ({', '.join(shown)}); "
                 "raise the budget or lower min_width"

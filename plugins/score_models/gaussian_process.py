@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from widthkit.errors import ModelError, OptionError
-from widthkit.graph import FloatArray, IntArray
+from widthkit.graph import IntArray
 from widthkit.graph.space import SearchSpace
-from widthkit.search.score_model import Observations, Prediction, ScoreModel
+from widthkit.search.score_model import FloatArray, Observations, Prediction, ScoreModel
 
 
 class GaussianProcessModel(ScoreModel):
