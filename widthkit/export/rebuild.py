@@ -50,7 +50,7 @@ def rebuild(record: SlimRecord, tensors: Mapping[str, Tensor], weights: Path, re
     _refuse_fetching(name, recipe)
     stored = {n: tuple(t.shape) for n, t in tensors.items()}
     most = _SPARE_NUMBERS + 16 * sum(math.prod(shape) for shape in stored.values())
-    outline = _build(name, record, recipe, most, hollow=False)
+    outline = _build(name, record, recipe, most, meta_weights=False)
     described = Dense.of(outline)
     if structure_hash(described.structure) != record.dense_structure:
         raise SlimFileError(
@@ -62,7 +62,7 @@ def rebuild(record: SlimRecord, tensors: Mapping[str, Tensor], weights: Path, re
         plan = decode_plan(record, shapes, stored)
         check_shapes(outline, plan)
         _check_sizes(outline, plan, stored, most)
-        slim = apply_plan(_build(name, record, recipe, most, hollow=True), plan, initialise=False)
+        slim = apply_plan(_build(name, record, recipe, most, meta_weights=True), plan, initialise=False)
     except (WidthsError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise SlimFileError(
             f"{recipe}: the plan does not fit {name.name}: {one_line(error)}; save the network again"
@@ -87,10 +87,10 @@ def _refuse_fetching(name: ModelName, recipe: Path) -> None:
         )
 
 
-def _build(name: ModelName, record: SlimRecord, recipe: Path, most: int, *, hollow: bool) -> nn.Module:
+def _build(name: ModelName, record: SlimRecord, recipe: Path, most: int, *, meta_weights: bool) -> nn.Module:
     try:
         with _parameter_limit(4 * len(record.plan.shapes) + 200):
-            return name.hollow(most) if hollow else name.outline(most)
+            return name.hollow(most) if meta_weights else name.outline(most)
     except (ModelError, MemoryError, RecursionError, OverflowError) as error:
         raise SlimFileError(f"{recipe}: {one_line(error)}") from error
 

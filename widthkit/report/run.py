@@ -21,14 +21,6 @@ from widthkit.search import SearchResult
 from widthkit.search.measured import describe_rows
 
 
-class _Slow(BaseModel):
-    name: str
-    dense_ms: float
-    slim_ms: float
-    work: float
-    excess_ms: float
-
-
 class _Row(BaseModel):
     network: str
     macs: int
@@ -37,7 +29,7 @@ class _Row(BaseModel):
     accuracy_mean: float
     accuracy_std: float | None
     latency_ms: float
-    slow_layers: list[_Slow] = []
+    slow_layers: list[SlowLayer] = []
 
 
 class _Latency(BaseModel):
