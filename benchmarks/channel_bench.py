@@ -16,9 +16,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from widthkit.errors import DataError
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace, uniform_space
-from widthkit.search.score_model import FloatArray
 from widthkit.trace import trace
 
 _INPUT = (1, 3, 32, 32)

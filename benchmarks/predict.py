@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 
 from widthkit.bench.files import write
 from widthkit.export import export
-from widthkit.graph import ChannelGraph, IntArray
+from widthkit.graph import ChannelGraph, FloatArray, IntArray
 from widthkit.latency import Conditions, LatencyModel
-from widthkit.latency.model import NETWORKS, random_widths, spread_widths
+from widthkit.latency.model import N_NETWORKS, random_widths, spread_widths
 from widthkit.modules.models import create_model
 from widthkit.trace import trace
 
 DEFAULT = ["torchvision/resnet18", "torchvision/mobilenet_v2", "timm/efficientnet_b0"]
-FloatArray = npt.NDArray[np.float64]
 
 
 def run(models: list[str], size: int, conditions: Conditions, networks: int, out: Path | None, seed: int = 1) -> None:
@@ -62,7 +60,7 @@ def measure(name: str, size: int, conditions: Conditions, networks: int, seed: i
     start = time.perf_counter()
     latency.sums(graph.vector())
     tables = time.perf_counter()
-    known, rng = spread_widths(graph, NETWORKS), np.random.default_rng(seed)
+    known, rng = spread_widths(graph, N_NETWORKS), np.random.default_rng(seed)
     drawn = random_widths(graph, rng.uniform(0.15, 0.95, networks).tolist(), rng)
     built = {str(i): export(model, widths, graph=graph) for i, widths in enumerate([*known, *drawn])}
     times = list(latency.measure_ms(built).values())

@@ -16,12 +16,12 @@ from benchmarks.channel_bench import ChannelBench, load
 from widthkit.bench.files import write
 from widthkit.budget import Budget, Limit
 from widthkit.errors import DataError
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.search.design import d_optimal, design_columns
 from widthkit.search.evaluator import Judgement
 from widthkit.search.guided import Guidance, GuidedSearch
 from widthkit.search.journal import Journal
-from widthkit.search.score_model import SCORE_MODELS, FloatArray, Observations
+from widthkit.search.score_model import SCORE_MODELS, Observations
 from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.version import versions
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from torch import nn
 
 from widthkit.bench.files import write
 from widthkit.budget import Budget, parse_budget
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace, uniform_space
 from widthkit.modules.models import create_model
 from widthkit.search.build import make_searcher
@@ -34,7 +34,6 @@ from widthkit.train import load_data, make_loader, train
 from widthkit.train.history import WidthRecord
 from widthkit.train.losses import cross_entropy
 
-FloatArray = npt.NDArray[np.float64]
 _NOISE = 0.05
 """Standard deviation of the noise in simulated training losses."""
 
@@ -57,7 +56,7 @@ class SyntheticScore:
         self._ripple = ripple * rng.normal(size=1009)
         self._widest = np.array([g.widest for g in space.groups])
 
-    def __call__(self, widths: npt.NDArray[np.int64]) -> FloatArray:
+    def __call__(self, widths: IntArray) -> FloatArray:
         """Score width vectors ``[n, groups]``."""
         share = widths / self._widest
         loss = (self._a * (1 - share) ** 2).mean(axis=1)
@@ -78,7 +77,7 @@ class SyntheticScore:
         return sorted(zip(drawn, (-scores).tolist(), strict=True), key=lambda record: record[1])[:keep]
 
 
-def every_point(space: SearchSpace) -> npt.NDArray[np.int64]:
+def every_point(space: SearchSpace) -> IntArray:
     """Return ``[size, groups]``: all width vectors of a space."""
     return np.array(list(itertools.product(*(g.options for g in space.groups))), dtype=np.int64)
 

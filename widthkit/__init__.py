@@ -3,8 +3,8 @@
 from widthkit.errors import WidthkitError
 from widthkit.export.backbone import backbone
 from widthkit.export.dense import export
-from widthkit.export.formats import save
-from widthkit.export.save import load
+from widthkit.export.save import save
+from widthkit.export.slim_file import load
 from widthkit.modules.models import create_model
 from widthkit.search.run import search
 from widthkit.supernet import Supernet, make_supernet

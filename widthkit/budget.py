@@ -1,4 +1,4 @@
-"""Budgets: what a network may cost, in words people write."""
+"""Budgets: upper bounds on the cost of a network, as users write them (``"0.5x,12MB"``)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from widthkit.errors import BudgetError
-from widthkit.graph import ChannelGraph, Widths
+from widthkit.graph import ChannelGraph, FloatArray, Widths
 from widthkit.graph.space import SearchSpace
 from widthkit.latency import Conditions, LatencyModel, read_conditions
 from widthkit.latency.model import Build
@@ -21,16 +20,14 @@ _SCALE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _LARGEST = 2**53
-"""Costs are exact below this; a bound above it is no bound."""
+"""Costs are exact below this; larger bounds are cut to it."""
 _NUMBER = r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*"
-_FORM = re.compile(_NUMBER + r"([kMGT]?)\s*(x|macs|params)\s*$", re.IGNORECASE)
+_COUNT = re.compile(_NUMBER + r"([kMGT]?)\s*(x|macs|params)\s*$", re.IGNORECASE)
 _MEMORY = re.compile(_NUMBER + r"((?:[kmgt]i?)?)(b)\s*$", re.IGNORECASE)
 _LATENCY = re.compile(_NUMBER + r"(us|µs|ms|s)\s*$", re.IGNORECASE)
 _BITS = re.compile(r"[KMGT]i?b\s*$")
-"""Mb are megabits."""
-_STARTS = re.compile(r"^\s*[0-9.+-]")
-
-
+"""A small b after a capital prefix may stand for bits."""
+_STARTS_WITH_NUMBER = re.compile(r"^\s*[0-9.+-]")
 _FORMS = (
     "budgets are in MACs (0.5x of the model's, 2.0GMACs) or params (3.1Mparams), memory (12MB, 12MiB@batch=16,fp16) "
     "or latency (1.8ms@cpu, 1.8ms@cuda:0,batch=8,channels_last,bf16), several with commas"
@@ -45,9 +42,9 @@ class Limit:
         kind: ``"macs"`` (per example), ``"params"``, ``"memory"`` (bytes of weights and peak activations) or
             ``"latency"`` (milliseconds of one pass).
         value: The bound, inclusive.
-        text: As the user wrote it.
-        conditions: Batch size, type, device and memory format of a memory or latency bound.
-        latency: Predicts milliseconds.
+        text: The bound as the user wrote it.
+        conditions: For memory and latency: batch size, number type, device, memory format.
+        latency: For latency: predicts milliseconds.
     """
 
     kind: str
@@ -57,7 +54,7 @@ class Limit:
     latency: LatencyModel | None = field(default=None, compare=False, repr=False)
 
     def cost(self, graph: ChannelGraph, widths: Any) -> Any:
-        """What widths cost in the bound's unit: a number for one width vector, else an array ``[...]``."""
+        """Return the cost of widths in the bound's unit: a number for one width vector, else an array ``[...]``."""
         if self.kind == "latency":
             assert self.latency is not None
             return self.latency.predict_ms(graph.vector(widths))
@@ -66,7 +63,7 @@ class Limit:
         return graph.macs(widths) if self.kind == "macs" else graph.params(widths)
 
     def show(self, cost: float) -> str:
-        """Write a cost with its unit.
+        """Write a cost with the unit of the bound.
 
         >>> Limit("macs", 10, "10MACs").show(12345), Limit("memory", 10, "10B").show(12345)
         ('12.3k MACs', '12.3 kB')
@@ -96,25 +93,25 @@ class Budget:
 
     limits: tuple[Limit, ...]
 
-    def costs(self, graph: ChannelGraph, widths: Any) -> npt.NDArray[np.float64]:
+    def costs(self, graph: ChannelGraph, widths: Any) -> FloatArray:
         """Return ``[..., limits]``: every cost as a fraction of its bound."""
         columns = [np.asarray(limit.cost(graph, widths), dtype=np.float64) / limit.value for limit in self.limits]
         return np.stack(columns, axis=-1)
 
     def usage(self, graph: ChannelGraph, widths: Any) -> Any:
-        """Return ``[...]``: the tightest bound's fraction; at most 1 is inside the budget."""
+        """Return ``[...]``: the largest fraction of all bounds; widths are inside the budget at 1 or less."""
         worst = self.costs(graph, widths).max(axis=-1)
         return float(worst) if worst.ndim == 0 else worst
 
     def fits(self, graph: ChannelGraph, widths: Widths) -> bool:
-        """Whether all bounds hold: exactly, and for latency by its prediction."""
+        """Whether all bounds hold; MACs, parameters and memory exactly, latency by its prediction."""
         return all(limit.cost(graph, widths) <= limit.value for limit in self.limits)
 
     def check(self, space: SearchSpace) -> None:
-        """Refuse a budget that even the narrowest network exceeds; a latency budget measures what it needs here.
+        """Refuse a budget that even the narrowest network exceeds. For a latency budget this measures the kernels.
 
         Raises:
-            BudgetError: Naming the narrowest network's cost.
+            BudgetError: If it does; names the cost of the narrowest network.
         """
         narrow = space.smallest
         if not self.fits(space.graph, narrow):
@@ -135,14 +132,14 @@ def parse_budget(text: str | Sequence[str] | Budget, graph: ChannelGraph, build:
 
     Args:
         text: ``"0.5x"`` (of the model's own MACs), ``"2.0GMACs"``, ``"3.1Mparams"``, ``"12MB"`` or ``"12MiB@batch=16"``
-            (weights and peak activations), ``"1.8ms@cpu,batch=8,channels_last,bf16"`` (predicted latency), several
-            joined by commas or given as a sequence; all must hold. What follows an ``@`` up to the next number
-            belongs to the budget before it.
+            (weights and peak activations), ``"1.8ms@cpu,batch=8,channels_last,bf16"`` (predicted latency). Several
+            bounds are joined by commas or given as a sequence; all must hold. The words after an ``@`` belong to the
+            bound before it, up to the next number.
         graph: The model's channel graph.
-        build: Makes the network of given widths, on which predicted latencies are corrected.
+        build: Builds the network of given widths; predicted latencies are corrected on such networks.
 
     Raises:
-        BudgetError: If it cannot be read, allows nothing at all, or names a device that is not here.
+        BudgetError: If it cannot be read, allows nothing at all, or names a device that this machine lacks.
     """
     if isinstance(text, Budget):
         return text
@@ -153,14 +150,14 @@ def parse_budget(text: str | Sequence[str] | Budget, graph: ChannelGraph, build:
 
 
 def _split(text: str) -> list[str]:
-    """Cut at the commas; words behind an ``@`` stay with the budget that they describe.
+    """Split at the commas; words after an ``@`` stay with the bound that they describe.
 
     >>> _split("0.5x,12MB@batch=16,bf16,1.8ms@cpu,batch=8")
     ['0.5x', '12MB@batch=16,bf16', '1.8ms@cpu,batch=8']
     """
     parts: list[str] = []
     for part in text.split(","):
-        if parts and "@" in parts[-1] and not _STARTS.match(part):
+        if parts and "@" in parts[-1] and not _STARTS_WITH_NUMBER.match(part):
             parts[-1] += f",{part}"
         else:
             parts.append(part)
@@ -173,12 +170,10 @@ def _limit(text: Any, graph: ChannelGraph, build: Build | None) -> Limit:
     amount, at, words = text.partition("@")
     memory, latency = _MEMORY.match(amount), _LATENCY.match(amount)
     if memory and not _BITS.search(amount):
-        return _memory_limit(memory, text, read_conditions(words.split(","), text) if at else Conditions(), graph)
+        return _memory_limit(amount, text, _conditions(at, words, text), graph)
     if latency:
-        return _latency_limit(
-            latency, text, read_conditions(words.split(","), text) if at else Conditions(), graph, build
-        )
-    found = _FORM.match(amount)
+        return _latency_limit(latency, text, _conditions(at, words, text), graph, build)
+    found = _COUNT.match(amount)
     unit = found.group(3).lower() if found else ""
     if found is None or (unit == "x" and found.group(2)):
         raise BudgetError(f"budget '{text}' {_complaint(amount)}; {_FORMS}")
@@ -190,10 +185,14 @@ def _limit(text: Any, graph: ChannelGraph, build: Build | None) -> Limit:
     return Limit("params" if unit == "params" else "macs", value, text.strip())
 
 
-def _memory_limit(found: re.Match[str], text: str, at: Conditions, graph: ChannelGraph) -> Limit:
+def _conditions(at: str, words: str, text: str) -> Conditions:
+    return read_conditions(words.split(","), text) if at else Conditions()
+
+
+def _memory_limit(amount: str, text: str, at: Conditions, graph: ChannelGraph) -> Limit:
     if at.device is not None or at.channels_last:
         raise BudgetError(f"budget '{text}': memory depends on batch= and the type alone; leave the rest out")
-    value = memory_amount(found.group())
+    value = memory_amount(amount)
     assert value is not None
     if value < 1:
         raise BudgetError(f"budget '{text}' allows nothing at all; it must be at least one byte")
@@ -202,7 +201,7 @@ def _memory_limit(found: re.Match[str], text: str, at: Conditions, graph: Channe
 
 
 def memory_amount(text: str) -> int | None:
-    """Read an amount of memory in bytes, with or without a B; ``None`` if it is none.
+    """Return an amount of memory in bytes, written with or without a B; ``None`` if it cannot be read.
 
     >>> memory_amount("2GB"), memory_amount("1.5 MiB"), memory_amount("300k"), memory_amount("3 apples")
     (2000000000, 1572864, 300000, None)
@@ -217,19 +216,19 @@ def memory_amount(text: str) -> int | None:
 def _latency_limit(found: re.Match[str], text: str, at: Conditions, graph: ChannelGraph, build: Build | None) -> Limit:
     value = float(found.group(1)) * _MILLISECONDS[found.group(2).lower()]
     if not 0 < value < float("inf"):
-        raise BudgetError(f"budget '{text}' makes no sense; a latency is a positive, finite time")
+        raise BudgetError(f"budget '{text}' cannot be met; a latency is a positive, finite time")
     return Limit("latency", value, text.strip(), at, LatencyModel(graph, at, build))
 
 
 def _count(number: str, scale: int) -> int:
-    """Multiply as people do on paper: 2.3 times 10**6 is 2300000, which floats miss."""
+    """Multiply exactly: 2.3 times 10**6 is 2300000, but 2299999 in floats."""
     if float(number) * scale >= _LARGEST:
         return _LARGEST
     return 0 if float(number) < 1e-30 else int(Fraction(number) * scale)
 
 
 def _complaint(text: str) -> str:
-    """Say what is wrong with a budget: a unit that people write elsewhere, or something else."""
+    """Say what is wrong with a budget: a unit that is not known here, or something else."""
     if re.search(r"[0-9]\s*[KMGT]i?b\s*$", text):
         return "is in bits or bytes, which a small b leaves open: write MB for bytes"
     if re.search(r"[0-9]\s*([kmgt]i?)?bytes?\s*$", text, re.IGNORECASE):

@@ -54,6 +54,15 @@ class ExportError(WidthkitError):
     """A format that cannot hold a network, or a file that computes something else than the network it came from."""
 
 
+def one_line(error: BaseException, most: int = 160) -> str:
+    r"""Return an error's text on one line, cut after ``most`` characters; without a text, the name of its class.
+
+    >>> one_line(ValueError("a\n  b")), one_line(KeyError())
+    ('a b', 'KeyError')
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def close_matches(name: str, known: Iterable[str]) -> str:
     """Say which known names resemble ``name``, or list them when none does.
 

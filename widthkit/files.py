@@ -1,4 +1,4 @@
-"""Write whole files or none: a reader never sees a half-written one, and a failure leaves the old file in place."""
+"""Write files completely or not at all: readers never see half a file, and a failure leaves the old file in place."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from widthkit.errors import OptionError
 def atomic_write(path: Path, data: bytes) -> None:
     """Replace the file at ``path`` by ``data``, all of it or nothing.
 
-    Missing parent folders are made. The bytes go to a temporary file beside ``path``, reach the disk, and take the
-    name in one step.
+    Missing parent folders are created. The bytes are written to a temporary file in the same folder and synced to the
+    disk; then the file is renamed to ``path``.
 
     Args:
         path: The file to write.
-        data: Its whole contents.
+        data: The whole contents.
 
     Raises:
-        OptionError: If the file cannot be written; the line names the path and the system's reason.
+        OptionError: If the file cannot be written; names the path and the system's reason.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "deep" / "note.txt"
@@ -42,7 +42,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 def atomic_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON with a newline at the end, all of it or nothing.
 
-    Dict order is kept, so equal values give equal bytes. NaN and infinity, which JSON does not know, become null.
+    The order of dicts is kept, so equal values give equal bytes. NaN and infinity become null, because JSON lacks them.
 
     Args:
         path: The file to write.
@@ -60,7 +60,7 @@ def atomic_json(path: Path, value: object) -> None:
     try:
         text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False, default=_json_form)
     except (TypeError, ValueError) as error:
-        raise OptionError(f"cannot write {path}: {error}. Only JSON values can be kept in this file.") from error
+        raise OptionError(f"cannot write {path}: {error}. Pass numbers, text, lists and dicts only.") from error
     atomic_write(Path(path), (text + "\n").encode("utf-8"))
 
 
@@ -69,15 +69,15 @@ def replace_with(target: Path, write: Callable[[Path], None]) -> None:
 
     Args:
         target: The file to replace.
-        write: Called with the path of the temporary file, which lies in the target's folder.
+        write: Called with the path of the temporary file, which is in the target's folder.
 
     Raises:
-        OSError: Whatever the system reports; ``target`` is then as it was.
+        OSError: If the system refuses; ``target`` is then unchanged.
     """
-    # Through a link we replace what it points at, as an ordinary write would.
+    # If the target is a link, replace the file it points to, as an ordinary write would.
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are private to the user, ours should get the mode the user's umask gives.
+    # Not tempfile: its files are private to the user; these get the mode of the user's umask.
     temporary = target.with_name(f".{target.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
@@ -87,7 +87,7 @@ def replace_with(target: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    # The rename itself must survive a power cut too; not every system lets a folder be synced.
+    # The rename must survive a power cut too. Some systems cannot sync a folder; the file itself is safe then.
     with contextlib.suppress(OSError):
         _sync(target.parent)
 

@@ -1,4 +1,4 @@
-"""The version, and those of what a result depends on."""
+"""The version of widthkit, and the versions of the libraries that a result depends on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, widthkit and the libraries behind it, for benchmark files."""
+    """Return the versions of Python, widthkit and its libraries, for result files."""
     found = {"python": platform.python_version(), "widthkit": __version__}
     for name in ("torch", "torchvision", "timm", "fvcore", "torch-pruning", "numpy", "accelerate"):
         try:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from widthkit.errors import OptionError
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
 
 _DRAWS = 50_000
-Floats = npt.NDArray[np.float64]
 
 
 def choose_widths(
@@ -66,7 +64,7 @@ def _draws(space: SearchSpace, rng: np.random.Generator) -> IntArray:
     return np.asarray(np.unique(np.stack(columns, axis=1), axis=0), dtype=np.int64)
 
 
-def _far_apart(points: Floats, n: int) -> IntArray:
+def _far_apart(points: FloatArray, n: int) -> IntArray:
     """Pick ``n`` rows of ``points [m, dims]``, each the farthest from those before."""
     picked = [int(np.square(points - points.mean(0)).sum(1).argmax())]
     nearest = np.square(points - points[picked[0]]).sum(1)
@@ -76,7 +74,7 @@ def _far_apart(points: Floats, n: int) -> IntArray:
     return np.array(picked, dtype=np.int64)
 
 
-def _evenly(values: Floats, n: int) -> IntArray:
+def _evenly(values: FloatArray, n: int) -> IntArray:
     """Pick ``n`` different entries whose values are spread evenly from the smallest to the largest."""
     left = list(np.argsort(values, kind="stable"))
     picked = []

@@ -86,6 +86,21 @@ def test_a_backbone_is_searched_with_free_or_fixed_maps():
     assert body.channels == [64, 128, 256]
 
 
+def test_feature_info_that_cannot_be_updated_is_announced():
+    class OneSize(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 5 * 7, 2)
+            self.feature_info = [{"num_chs": 8, "reduction": 1, "module": "stem"}]
+
+        def forward(self, x):
+            return self.head(self.stem(x).flatten(1))
+
+    with pytest.warns(UserWarning, match=r"feature_info of OneSize still names the dense channel counts"):
+        slim = wk.export(OneSize(), {"stem": 3}, example_inputs=(1, 3, 5, 7))
+    assert slim.stem.out_channels == 3
+
+
 def test_feature_info_survives_save_and_load(tmp_path):
     slim = slimmed("timm/resnet10t")
     wk.save(slim, tmp_path / "slim")
@@ -172,6 +187,6 @@ class InPlace(nn.Module):
         return self.b(x)
 
 
-def test_an_operation_in_place_between_modules_ends_the_trunk():
+def test_an_operation_in_place_between_modules_ends_the_chain():
     body = wk.backbone(InPlace(), (0,), example_inputs=(1, 3, 16, 16))
     assert list(dict(body.named_children())) == ["a"]

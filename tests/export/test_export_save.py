@@ -11,7 +11,7 @@ from torch import nn
 import widthkit as wk
 from widthkit.errors import SlimFileError, WidthsError
 from widthkit.export.origin import origin_of
-from widthkit.export.schema import from_runs, to_runs
+from widthkit.export.schema import from_ranges, to_ranges
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -190,15 +190,15 @@ def test_damaged_or_missing_weights_are_refused(saved, tmp_path):
         wk.load(tmp_path / "slim")
 
 
-def test_runs_round_trip_on_random_indices():
+def test_index_ranges_round_trip_on_random_indices():
     rng = np.random.default_rng(0)
     for _ in range(200):
         size = int(rng.integers(1, 40))
         index = np.sort(rng.choice(size, size=int(rng.integers(1, size + 1)), replace=False))
         at = int(rng.integers(0, len(index) + 1))
         index = np.insert(index, at, [-1] * int(rng.integers(0, 4)))
-        runs = [list(run) for run in to_runs(index)]
-        assert from_runs(runs, size, "t").tolist() == index.tolist()
+        ranges = [list(pair) for pair in to_ranges(index)]
+        assert from_ranges(ranges, size, "t").tolist() == index.tolist()
 
 
 def test_refused_widths_leave_the_model_as_it_is():

@@ -17,11 +17,11 @@ from widthkit.graph.plan import apply_plan, make_plan
 from widthkit.graph.space import uniform_space
 from widthkit.latency import Conditions, LatencyModel, read_conditions
 from widthkit.latency.cache import Cache, cache_dir
-from widthkit.latency.fit import Curve, design
-from widthkit.latency.kernels import uses_of
+from widthkit.latency.curves import Curve, sizes_to_measure
+from widthkit.latency.kernels import kernel_uses
+from widthkit.latency.measure import copy_seconds, kernel_seconds, network_seconds
 from widthkit.latency.model import Correction, spread_widths
-from widthkit.latency.replay import copy_seconds, kernel_seconds, network_seconds
-from widthkit.latency.tables import curves
+from widthkit.latency.tables import Clocks, measured_curves
 from widthkit.search.measured import describe_rows, remarks
 from widthkit.trace import trace
 
@@ -67,20 +67,18 @@ class Clock:
 
 def whole(widths, conditions=CPU):
     """What the made-up clock says of a network: operators cost 1.5 times as much as alone, and 50 us are lost."""
-    uses = uses_of(graph().program, conditions)
+    uses = kernel_uses(graph().program, conditions)
     return 5e-5 + 1.5 * sum(u.count * seconds_of(u.kernel, u.sizes(graph().vector(widths)).tolist()) for u in uses)
 
 
-def model(tmp_path, clock=None, build=dict, **more):
+def model(tmp_path, clock=None, build=dict):
     clock = clock or Clock()
 
     def measure(networks, program, conditions, repeats=9):
         return {name: whole(widths, conditions) for name, widths in networks.items()}
 
-    options = {"clock": clock, "copy_clock": clock, "say": lambda line: None}
-    return LatencyModel(
-        graph(), more.pop("at", CPU), build, cache=Cache("cpu", tmp_path), measure=measure, options=options
-    )
+    clocks = Clocks(clock, clock, say=lambda line: None)
+    return LatencyModel(graph(), CPU, build, cache=Cache("cpu", tmp_path), measure=measure, clocks=clocks)
 
 
 # --- grammar ----------------------------------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_measured():
 
 
 def test_kernels_say_which_sizes_are_open():
-    found = {u.kernel.label: u for u in uses_of(graph().program, Conditions(batch=2))}
+    found = {u.kernel.label: u for u in kernel_uses(graph().program, Conditions(batch=2))}
     assert found["conv2d(2x3x8x8, n0x3x3x3, n0)"].count == 1
     deep = found["conv2d(2xn0x8x8, n0x1x3x3, n0)"]
     point = found["conv2d(2xn0x8x8, n1xn0x1x1, n1)"]
@@ -142,27 +140,27 @@ def test_kernels_say_which_sizes_are_open():
     assert point.kernel.n_sizes == 2
     widths = graph().vector({"stem": 7, "point": 9})
     assert deep.sizes(widths).tolist() == [7]
-    pairs = [u.sizes(widths).tolist() for u in uses_of(graph().program, CPU) if u.kernel.key == _point_key()]
+    pairs = [u.sizes(widths).tolist() for u in kernel_uses(graph().program, CPU) if u.kernel.key == _point_key()]
     assert sorted(pairs) == [[7, 9], [9, 7]]  # one kernel, used both ways
     assert not any("view" in label for label in found)
 
 
 def _point_key():
-    return next(u.kernel.key for u in uses_of(graph().program, CPU) if u.kernel.label.endswith("n1xn0x1x1, n1)"))
+    return next(u.kernel.key for u in kernel_uses(graph().program, CPU) if u.kernel.label.endswith("n1xn0x1x1, n1)"))
 
 
 def test_kernels_do_not_know_the_model():
     """The same layer in another network, under another name and of another width, is the same kernel."""
     other = trace(nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 4, 1)), (1, 3, 8, 8))
-    stem = next(u for u in uses_of(other.program, CPU) if "3x3x3" in u.kernel.label)
-    assert stem.kernel.key in {u.kernel.key for u in uses_of(graph().program, CPU)}
-    assert stem.kernel.key not in {u.kernel.key for u in uses_of(graph().program, Conditions(dtype="bfloat16"))}
+    stem = next(u for u in kernel_uses(other.program, CPU) if "3x3x3" in u.kernel.label)
+    assert stem.kernel.key in {u.kernel.key for u in kernel_uses(graph().program, CPU)}
+    assert stem.kernel.key not in {u.kernel.key for u in kernel_uses(graph().program, Conditions(dtype="bfloat16"))}
 
 
 @pytest.mark.parametrize("at", [CPU, Conditions("cpu", 2, "bfloat16", True)], ids=str)
 def test_every_kernel_runs_alone_at_any_width(at):
     """The real clock takes every kernel of the network; what it says is only asked to be a time."""
-    for use in uses_of(graph().program, at):
+    for use in kernel_uses(graph().program, at):
         sizes = use.sizes(graph().vector({"stem": 5, "point": 3})).tolist()
         assert 0 < kernel_seconds(use.kernel, sizes, at) < 60
     assert 0 < copy_seconds(use.kernel, sizes, at) < 60
@@ -173,7 +171,7 @@ def test_every_kernel_runs_alone_at_any_width(at):
 
 @pytest.mark.parametrize("largest", [(), (1,), (7,), (64,), (64, 512), (3, 3), (40, 8, 8, 100)])
 def test_designs_stay_inside_and_reach_the_end(largest):
-    points = design(largest)
+    points = sizes_to_measure(largest)
     assert len(set(points)) == len(points)
     for point in points:
         assert all(1 <= p <= most for p, most in zip(point, largest, strict=True))
@@ -189,7 +187,7 @@ def test_curves_follow_steps_and_slow_paths_between_the_points(contracts, n):
     kernel = Kernel()
     kernel.contracts = contracts
     largest = (256, 192)[:n]
-    curve = Curve.of({p: seconds_of(kernel, p) for p in design(largest)}, contracts)
+    curve = Curve.of({p: seconds_of(kernel, p) for p in sizes_to_measure(largest)}, contracts)
     rng = np.random.default_rng(0)
     for _ in range(200):
         sizes = [int(rng.integers(1, most + 1)) for most in largest]
@@ -240,9 +238,9 @@ def test_a_damaged_cache_is_measured_anew(tmp_path):
 
 def test_two_processes_do_not_lose_each_others_measurements(tmp_path):
     a, b = Cache("cpu", tmp_path), Cache("cpu", tmp_path)
-    a.add("k1", "conv", {(1,): 0.5}, copied=False)
+    a.add("k1", {(1,): 0.5}, copied=False)
     a.save()
-    b.add("k2", "relu", {(2,): 0.25}, copied=True)
+    b.add("k2", {(2,): 0.25}, copied=True)
     b.save()
     again = Cache("cpu", tmp_path)
     assert (again.table("k1"), again.table("k2"), again.copied("k2")) == ({(1,): 0.5}, {(2,): 0.25}, True)
@@ -268,13 +266,13 @@ def test_an_operator_that_cannot_run_alone_is_timed_as_a_copy(tmp_path):
         return seconds_of(kernel, sizes)
 
     known = Cache("cpu", tmp_path)
-    uses = uses_of(graph().program, CPU)
-    found = curves(
-        uses, graph().vector(), CPU, known, clock=broken, copy_clock=lambda k, s, c: 7e-6, say=lambda line: None
-    )
+    uses = kernel_uses(graph().program, CPU)
+    said = []
+    found = measured_curves(uses, graph().vector(), CPU, known, Clocks(broken, lambda k, s, c: 7e-6, said.append))
     mean = next(u for u in uses if u.kernel.base == "mean")
     assert found[mean.kernel.key].at(np.array([[20]]))[0] == pytest.approx(7e-6)
     assert known.copied(mean.kernel.key)
+    assert any("mean" in line and "shape is invalid" in line for line in said)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -309,13 +307,8 @@ def test_many_vectors_at_once_are_the_single_ones(tmp_path):
     many = spread_widths(graph(), 40)
     assert latency.predict_ms(many).tolist() == pytest.approx([latency.predict_ms(w) for w in many], rel=1e-12)
     assert latency.predict_ms(graph().vector(many).reshape(8, 5, -1)).shape == (8, 5)
-    by_hand = [
-        sum(
-            u.count * curve.at(u.sizes(graph().vector(w)))
-            for u, curve in ((u, latency._curves[u.kernel.key]) for u in latency.uses)
-        )
-        for w in many
-    ]
+    curves = measured_curves(latency.uses, graph().group_widths, CPU, latency.cache, Clocks())
+    by_hand = [sum(u.count * curves[u.kernel.key].at(u.sizes(graph().vector(w))) for u in latency.uses) for w in many]
     assert latency.sums(graph().vector(many))[:, :2].sum(axis=1).tolist() == pytest.approx(by_hand)
 
 
@@ -426,7 +419,7 @@ def test_networks_for_the_correction_are_the_models_own(tmp_path):
         CPU,
         lambda widths: apply_plan(dense, make_plan(graph(), widths)),
         cache=Cache("cpu", tmp_path),
-        options={"clock": Clock(), "copy_clock": Clock(), "say": lambda line: None},
+        clocks=Clocks(Clock(), Clock(), say=lambda line: None),
     )
     assert latency.predict_ms() > 0
     assert len(latency.cache.networks(latency.key)) == 10

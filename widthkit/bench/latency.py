@@ -17,7 +17,7 @@ from widthkit.bench.files import write
 from widthkit.budget import parse_budget, show_count
 from widthkit.errors import OptionError, close_matches
 from widthkit.export import export, load, origin_of
-from widthkit.export.formats import DTYPES
+from widthkit.export.writer import DTYPES
 from widthkit.graph.space import uniform_space
 from widthkit.latency.slow_layers import describe, is_slow, slow_layers, time_layers
 from widthkit.latency.timing import interleaved, keep_pages

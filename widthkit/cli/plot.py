@@ -31,9 +31,9 @@ def plot_cardinality(
 ) -> None:
     """Draw how often each channel is judged and trained, counted from gradients on a small layer."""
     from benchmarks.learn.run import Contender
-    from widthkit.report.cardinality import draw
+    from widthkit.report.cardinality import draw_cardinality
     from widthkit.supernet.strategy import STRATEGIES, make_strategy
 
     named = [Contender.read(text) for text in strategies or STRATEGIES.names()]
-    draw({c.label: make_strategy(c.name, c.options) for c in named}, out, width=width, base=base)
+    draw_cardinality({c.label: make_strategy(c.name, c.options) for c in named}, out, width=width, base=base)
     typer.echo(out)

@@ -4,9 +4,9 @@ from widthkit.export.backbone import Backbone, backbone
 from widthkit.export.check import check_same
 from widthkit.export.dense import export
 from widthkit.export.fold import fold_batchnorm
-from widthkit.export.formats import check_formats, save
 from widthkit.export.origin import Origin, origin_of
-from widthkit.export.save import load
+from widthkit.export.save import check_formats, save
+from widthkit.export.slim_file import load
 
 __all__ = [
     "Backbone",

@@ -1,4 +1,4 @@
-"""A network's trunk as a backbone: feature maps with their true channel counts and strides."""
+"""Backbones: the feature maps of a network, with their true channel counts and strides."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from widthkit.errors import ModelError, OptionError
-from widthkit.export.trunk import Link, find_trunk
+from widthkit.export.module_chain import Link, find_module_chain
 from widthkit.modules.clone import meta_clone, named_tensors, real_clone
+from widthkit.modules.models import input_channels
 
 
 class Backbone(nn.Module):
-    """Modules that run one after another; some of their results are the feature maps.
+    """A chain of modules; the results of some of them are the feature maps.
 
-    The children run in their order, so torchvision's ``IntermediateLayerGetter`` and ``BackboneWithFPN`` read it too::
+    The children run in order, so torchvision's ``IntermediateLayerGetter`` and ``BackboneWithFPN`` can use it::
 
         BackboneWithFPN(body, body.return_layers, body.channels, 256)
 
-    Channel counts and strides are read off a run on the meta device, so they stay true when the backbone itself is
-    traced and slimmed (with ``free_outputs=True`` the maps' own widths vary).
+    Channel counts and strides come from a run on the meta device. They stay true when the backbone itself is traced
+    and slimmed; with ``free_outputs=True`` the widths of the maps vary too.
 
     Args:
         stages: Name -> module, in order.
         maps: Names of the stages whose results are the feature maps, in order.
-        indices: What those maps are called among all that the network has; see :func:`backbone`.
+        indices: The index of each map among all maps of the network; see :func:`backbone`.
         image: Height and width of the example image.
         output: ``"dict"`` returns ``{"0": map, ...}`` as torchvision's detectors read it, ``"list"`` a list as timm's
             ``features_only`` gives it.
@@ -49,7 +50,7 @@ class Backbone(nn.Module):
         self.out_indices = tuple(indices)
         self.image = image
         self.output = output
-        self._known: tuple[Any, list[tuple[int, ...]]] | None = None
+        self._cached_shapes: tuple[Any, list[tuple[int, ...]]] | None = None
 
     def forward(self, x: Tensor) -> Any:
         """Return the feature maps of images ``[N, C, H, W]``, finest first."""
@@ -64,7 +65,7 @@ class Backbone(nn.Module):
 
     @property
     def channels(self) -> list[int]:
-        """Channels of every feature map."""
+        """Number of channels of every feature map."""
         return [shape[1] for shape in self._shapes()]
 
     @property
@@ -74,7 +75,7 @@ class Backbone(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the feature maps where all have the same, as torchvision's detectors read it.
+        """Number of channels if all feature maps have the same, as torchvision's detectors read it.
 
         Raises:
             ModelError: If they differ.
@@ -94,44 +95,42 @@ class Backbone(nn.Module):
 
     @property
     def feature_info(self) -> FeatureInfo:
-        """What timm's ``features_only`` networks have: ``.channels()``, ``.reduction()``, ``.module_name()``."""
+        """The attribute of timm's ``features_only`` networks: ``.channels()``, ``.reduction()``, ``.module_name()``."""
         rows = zip(self.channels, self.strides, self.maps, self.out_indices, strict=True)
         info = [{"num_chs": c, "reduction": s, "module": name, "index": i} for c, s, name, i in rows]
         return FeatureInfo(info, tuple(range(len(info))))
 
     def _shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the maps on the example image; run again only after the tensors' shapes have changed."""
+        """Return the shapes of the maps on the example image; computed anew only if a tensor has changed its shape."""
         key = tuple((name, tuple(t.shape)) for name, t in named_tensors(self).items())
-        if self._known is None or self._known[0] != key:
+        if self._cached_shapes is None or self._cached_shapes[0] != key:
             clone = meta_clone(self).eval()
             with torch.no_grad():
                 first = next((t for t in clone.parameters()), torch.empty(0, 3))
-                x = torch.empty(1, self._inputs(), *self.image, device="meta", dtype=first.dtype)
+                x = torch.empty(1, input_channels(self), *self.image, device="meta", dtype=first.dtype)
                 maps = clone(x)
             values = maps if self.output == "list" else maps.values()
-            self._known = key, [tuple(t.shape) for t in values]
-        return self._known[1]
-
-    def _inputs(self) -> int:
-        return next((m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d)), 3)
+            self._cached_shapes = key, [tuple(t.shape) for t in values]
+        return self._cached_shapes[1]
 
 
 def backbone(
     net: nn.Module, out_indices: Sequence[int] | None = None, *, example_inputs: Any = None, output: str = "dict"
 ) -> Backbone:
-    """Turn a classifier, slim or dense, into a backbone that gives feature maps.
+    """Turn a classifier, slim or dense, into a backbone that returns feature maps.
 
     A feature map is the last result at each resolution on the way from the image to the head; map 0 is the finest.
-    For timm's models it is what timm's own ``feature_info`` names, so indices mean what they mean there.
+    For timm's models the maps are those of timm's ``feature_info``, so the indices are timm's.
 
     Args:
-        net: A network whose modules run one after another; it stays as it is.
-        out_indices: Which maps; negative ones count from the coarsest; the last four by default.
-        example_inputs: As in :func:`widthkit.trace`; sides that the network's stride divides give exact strides.
+        net: A network whose modules run one after another; it is not changed.
+        out_indices: Which maps to return; negative indices count from the coarsest; the last four by default.
+        example_inputs: As in :func:`widthkit.trace`; strides are exact if the network's stride divides both sides.
         output: ``"dict"`` for torchvision's detectors, ``"list"`` as timm's ``features_only``.
 
     Raises:
         ModelError: If the network is not such a chain, or has no such map.
+        OptionError: If ``output`` is neither of the two.
 
     >>> import widthkit as wk
     >>> body = backbone(wk.create_model("torchvision/resnet18"), (1, 2, 3, 4), example_inputs=(1, 3, 64, 64))
@@ -140,26 +139,29 @@ def backbone(
     """
     if output not in ("dict", "list"):
         raise OptionError(f"output='{output}': write 'dict' (torchvision) or 'list' (timm)")
-    links, image = find_trunk(net, example_inputs)
-    ends = _ends(net, links)
-    chosen = _chosen(out_indices, len(ends), type(net).__name__)
+    links, image = find_module_chain(net, example_inputs)
+    ends = _map_links(net, links)
+    chosen = _check_indices(out_indices, len(ends), type(net).__name__)
     stop = max(ends[i] for i in chosen) + 1
     copied = real_clone(nn.ModuleList([link.module for link in links[:stop]]))
     names = [link.path.replace(".", "_") for link in links[:stop]]
     if len(set(names)) < len(names):
-        raise ModelError(f"{type(net).__name__} runs a module twice; such a network cannot become a chain of stages")
+        raise ModelError(
+            f"{type(net).__name__} runs a module twice, so it cannot become a chain of stages; use the feature "
+            "extractor of the network's own library"
+        )
     stages = OrderedDict(zip(names, copied.children(), strict=True))
     body = Backbone(stages, [names[ends[i]] for i in chosen], chosen, image, output)
     return body.train(net.training)
 
 
-def _ends(net: nn.Module, links: list[Link]) -> list[int]:
-    """Return the links that give the feature maps: those timm names, else the last of each resolution."""
+def _map_links(net: nn.Module, links: list[Link]) -> list[int]:
+    """Return the links whose results are the maps: those that timm names, else the last of each resolution."""
     info = getattr(net, "feature_info", None)
     rows = info.info if isinstance(info, FeatureInfo) else info
     if isinstance(rows, list) and rows:
         position = {link.path: i for i, link in enumerate(links)}
-        ends = [_end_of(str(row["module"]), position) for row in rows]
+        ends = [_last_link(str(row["module"]), position) for row in rows]
         if None not in ends:
             return [end for end in ends if end is not None]
     maps = [i for i, link in enumerate(links) if link.is_map]
@@ -167,15 +169,15 @@ def _ends(net: nn.Module, links: list[Link]) -> list[int]:
     return [i for k, i in enumerate(maps) if k + 1 == len(maps) or sizes[k + 1] != sizes[k]]
 
 
-def _end_of(module: str, position: dict[str, int]) -> int | None:
-    """Return the link of a module, or the last link inside it where the trunk opened it."""
+def _last_link(module: str, position: dict[str, int]) -> int | None:
+    """Return the link of a module, or the last link inside it if the chain has opened the module."""
     inside = [i for path, i in position.items() if path == module or path.startswith(f"{module}.")]
     return max(inside, default=None)
 
 
-def _chosen(out_indices: Sequence[int] | None, count: int, name: str) -> list[int]:
+def _check_indices(out_indices: Sequence[int] | None, count: int, name: str) -> list[int]:
     wanted = list(range(max(0, count - 4), count)) if out_indices is None else [int(i) for i in out_indices]
     found = sorted({i + count if i < 0 else i for i in wanted})
     if not found or found[0] < 0 or found[-1] >= count or len(found) < len(wanted):
-        raise ModelError(f"{name} has {count} feature maps; out_indices={wanted} must be distinct numbers of them")
+        raise ModelError(f"{name} has {count} feature maps; out_indices={wanted} must be distinct indices of them")
     return found

@@ -1,8 +1,8 @@
-"""Whether two networks compute the same: the largest difference of their outputs, against a stated tolerance."""
+"""Check whether two networks compute the same: the largest difference of their outputs, with a stated tolerance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from widthkit.errors import ExportError
+from widthkit.errors import ExportError, one_line
 from widthkit.modules.clone import clone_with
 from widthkit.trace.inputs import Inputs, Keywords, as_inputs, batch_size, candidates, float_dtype
 from widthkit.train.modes import model_device, training_flags
@@ -19,22 +19,24 @@ from widthkit.train.modes import model_device, training_flags
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}
 """Largest difference allowed, as a share of the largest output.
 
-In float32 and float64 only the order of sums may change: rounding grows with the length of a sum (thousands of terms)
-and the depth, to some 1e3 and 5e5 spacings of the type. The half types round every activation: some 10 spacings
-(1e-3 for float16, 8e-3 for bfloat16) remain after a hundred layers; see also :func:`rounding_share`.
+In float32 and float64 only the order of sums may change. Rounding grows with the length of a sum (thousands of terms)
+and with the depth: to about 1e3 spacings of float32 and 5e5 of float64. The half types round every activation: after a
+hundred layers that is about 10 spacings (1e-3 for float16, 8e-3 for bfloat16). See also :func:`rounding_share`.
 """
-_WEIGHTS_TO_ALL = 4.0
-_MOST = 0.5
+_ACTIVATIONS_FACTOR = 4.0
+"""Rounding every activation moves the outputs at most this many times as far as rounding weights and inputs."""
+_LARGEST_TOLERANCE = 0.5
+"""A difference of more than half the largest output is never accepted."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two networks are apart on one input.
+    """How much the outputs of two networks differ on one input.
 
     Args:
-        batch: Examples in the input.
-        largest_difference: Of any output value.
-        largest_output: Of the reference, in absolute value.
+        batch: Number of examples in the input.
+        largest_difference: Largest absolute difference of an output value.
+        largest_output: Largest absolute output value of the reference.
         tolerance: Largest difference allowed, as a share of ``largest_output``.
     """
 
@@ -45,7 +47,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance; not a number is not."""
+        """Whether the difference is within the tolerance; NaN is not."""
         return self.largest_difference <= self.tolerance * self.largest_output
 
     def record(self) -> dict[str, Any]:
@@ -57,19 +59,19 @@ def tolerance(dtype: torch.dtype, share: float = 0.0) -> float:
     """Return the largest difference allowed, as a share of the largest output.
 
     Args:
-        dtype: The type that is computed in.
-        share: What rounding weights and inputs to it does (:func:`rounding_share`). Rounding every activation too
-            does a few times that, and a network cannot be held to less; but half the largest output is never right.
+        dtype: Type of the computation.
+        share: The effect of rounding only weights and inputs to this type (:func:`rounding_share`). Rounding every
+            activation too has a few times that effect, so that much is allowed, up to half of the largest output.
     """
     usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-    return max(usual, min(_WEIGHTS_TO_ALL * share, _MOST))
+    return max(usual, min(_ACTIVATIONS_FACTOR * share, _LARGEST_TOLERANCE))
 
 
 def rounding_share(net: nn.Module, inputs: Inputs, dtype: torch.dtype) -> float:
-    """Return how far a network's outputs move, as a share of the largest, when weights and inputs are rounded.
+    """Return how far a network's outputs move, as a share of the largest, if weights and inputs are rounded to a type.
 
-    Everything is computed in the network's own type, so that this says how touchy the network is and nothing about
-    how well the other type is computed in.
+    The computation itself stays in the network's own type. So the share measures how sensitive the network is to
+    rounding, not how well a device computes in the other type.
 
     >>> net = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.constant_(net.weight, 1 + 2**-8)  # the nearest bfloat16 is 1
@@ -93,10 +95,10 @@ def compare(expected: Any, got: Any, allowed: float, batch: int) -> Comparison:
     """Compare two structures of tensors.
 
     Args:
-        expected: What the reference computed.
-        got: What came out; flat or in the same structure.
+        expected: Outputs of the reference.
+        got: Outputs to compare; a flat list or the same structure.
         allowed: Largest difference allowed, as a share of the largest output.
-        batch: For the record.
+        batch: Number of examples, for the record.
 
     Raises:
         ExportError: If the outputs differ in number or shape.
@@ -108,10 +110,13 @@ def compare(expected: Any, got: Any, allowed: float, batch: int) -> Comparison:
     right = [t for t in tree_leaves(got) if isinstance(t, Tensor)]
     shapes = [tuple(t.shape) for t in left], [tuple(t.shape) for t in right]
     if shapes[0] != shapes[1]:
-        raise ExportError(f"outputs of shapes {shapes[1]} came back, the network gives {shapes[0]}")
+        raise ExportError(
+            f"the exported network returns outputs of shapes {shapes[1]}, its reference {shapes[0]}; "
+            "export it with example_inputs of the shapes that it is used with"
+        )
     pairs = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in zip(left, right, strict=True)]
     differences = [float((a - b).abs().max()) for a, b in pairs if a.numel()]
-    # max() of Python drops a NaN that is not first; a sum keeps it.
+    # Python's max() ignores a NaN that is not the first value; a sum does not.
     largest = max(differences, default=0.0) if sum(differences) == sum(differences) else float("nan")
     scale = max((float(a.abs().max()) for a, _ in pairs if a.numel()), default=0.0)
     return Comparison(batch, largest, scale, allowed)
@@ -123,10 +128,10 @@ def check_same(
     """Compare two networks in eval mode on one input.
 
     Args:
-        reference: What must be computed, such as a supernet at the exported widths.
-        net: The network in question.
+        reference: The network with the right outputs, such as a supernet at the exported widths.
+        net: The network to check.
         example_inputs: As in :func:`widthkit.trace`.
-        name: What the error calls the network.
+        name: Name of ``net`` in the error message.
 
     Raises:
         ExportError: If they differ by more than the tolerance.
@@ -147,8 +152,8 @@ def check_same(
 def full_float32(device: torch.device) -> Iterator[None]:
     """Keep CUDA's convolutions and matrix products in full float32 while results are compared.
 
-    By default cuDNN rounds the inputs of float32 convolutions to TF32. That moves results by 1e-3, ten times what is
-    allowed in float32, and is nobody's mistake. The settings are put back; on a CPU there is nothing to do.
+    By default cuDNN rounds the inputs of float32 convolutions to TF32. That moves results by 1e-3, ten times the
+    tolerance of float32, although nothing is wrong. The settings are restored. On a CPU nothing is changed.
     """
     if device.type != "cuda":
         yield
@@ -164,36 +169,41 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 
 def refuse_mismatch(found: Sequence[Comparison], name: str) -> None:
-    """Raise if a comparison failed.
+    """Raise an error for the first comparison that failed.
 
     Raises:
-        ExportError: With the worst comparison's numbers.
+        ExportError: With the numbers of that comparison.
     """
     for one in found:
         if not one.passed:
             raise ExportError(
                 f"{name} differs from the reference by {one.largest_difference:.3g} on a batch of {one.batch} (largest "
-                f"output {one.largest_output:.3g}, allowed {one.tolerance:g} of it); nothing was written"
+                f"output {one.largest_output:.3g}, allowed {one.tolerance:g} of it); nothing was written. "
+                "Export with a wider dtype, or leave this format out"
             )
 
 
 def usable_inputs(net: nn.Module, example_inputs: Any) -> Inputs:
-    """Return example inputs: those given, or the first of the usual ones that the network runs on."""
+    """Return the given example inputs, or the first of the usual ones on which the network runs.
+
+    Raises:
+        ExportError: If it runs on none of them; with the last failure.
+    """
     if example_inputs is not None:
         return as_inputs(example_inputs, float_dtype(net))
-    failure = "none fits"
+    failure = "no example input is known"
     for inputs in candidates(net):
         try:
             outputs(net, inputs)
             return inputs
-        except Exception as error:
-            failure = " ".join(str(error).split())[:120]
+        except Exception as error:  # a model may raise anything on an image size that it does not take
+            failure = one_line(error)
     raise ExportError(f"{type(net).__name__} runs on no usual image size ({failure}); pass example_inputs=")
 
 
 def outputs(net: nn.Module, inputs: Inputs) -> Any:
-    """Run a network in eval mode without gradients, on its own device; its flags are put back."""
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    """Run a network in eval mode without gradients, on its own device; its training flags are restored."""
+    device = model_device(net)
     args, kwargs = call_arguments(tree_map_only(Tensor, lambda t: t.to(device), inputs))
     with training_flags(net), torch.no_grad():
         net.eval()
@@ -208,7 +218,7 @@ def call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def resized(inputs: Inputs, batch: int) -> Inputs:
-    """Return inputs of another batch size: examples are left out or, mirrored, repeated.
+    """Return inputs of another batch size: examples are dropped, or repeated and every second copy mirrored.
 
     >>> resized((torch.tensor([[1, 2]]),), 2)[0].tolist()
     [[1, 2], [2, 1]]
@@ -221,5 +231,5 @@ def resized(inputs: Inputs, batch: int) -> Inputs:
         more = [t.flip(-1) if i % 2 else t for i in range(-(-batch // own))]
         return torch.cat(more)[:batch]
 
-    resize: Callable[[Any], Inputs] = lambda tree: tree_map_only(Tensor, change, tree)  # noqa: E731
-    return resize(inputs)
+    changed: Inputs = tree_map_only(Tensor, change, inputs)
+    return changed

@@ -1,7 +1,8 @@
-"""From a model or a supernet to an ordinary dense network of the same class."""
+"""Export a model or a supernet as an ordinary dense network of the same class."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,21 @@ import numpy as np
 from torch import nn
 
 from widthkit.errors import OptionError
-from widthkit.export.info import refresh_feature_info
-from widthkit.export.origin import Origin, after, origin_of, set_origin
+from widthkit.export.feature_info import refresh_feature_info
+from widthkit.export.origin import Origin, compose_origins, origin_of, set_origin
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.graph.plan import Plan, apply_plan, make_plan
 from widthkit.modules.structure import Dense
 from widthkit.supernet import Supernet
 from widthkit.trace import trace
+
+
+class SeveralNetworks(nn.Module, ABC):
+    """A module that holds several dense networks; :func:`export` refuses it and names :meth:`networks`."""
+
+    @abstractmethod
+    def networks(self) -> list[nn.Module]:
+        """Return every network as an ordinary dense one."""
 
 
 def export(
@@ -28,22 +37,23 @@ def export(
     freeze: Sequence[str] = (),
     free_outputs: bool = False,
 ) -> nn.Module:
-    """Return a dense network of the given widths: same class, plain layers, nothing of widthkit in its forward.
+    """Return a dense network of the given widths: the model's own class, plain layers, no widthkit code in its forward.
 
     Args:
-        net: A model or a supernet; it stays as it is.
-        widths: Group name -> width, or the kept units themselves; groups that are not named stay whole. ``None``
-            takes a supernet's active widths.
-        path: Which of the strategy's paths to copy from a supernet.
+        net: A model or a supernet; it is not changed.
+        widths: Group name -> width, or -> indices of the kept units. Groups that are not named keep all units.
+            ``None`` takes a supernet's active widths.
+        path: For a supernet: which of the strategy's paths to copy.
         example_inputs: For a model: as in :func:`widthkit.trace`.
-        graph: For a model: its channel graph, if it has been traced already.
+        graph: For a model: its channel graph, if it is already traced.
         freeze: For a model: as in :func:`widthkit.trace`.
         free_outputs: For a model: as in :func:`widthkit.trace`.
 
     Raises:
-        WidthsError: If the widths do not fit; nothing has been made by then.
+        WidthsError: If the widths do not fit; nothing is built then.
+        OptionError: If ``net`` holds several networks.
 
-    Batch-norm running statistics are those of the full network: recalibrate or train before running in eval mode.
+    The batch norms have the running statistics of the full network: recalibrate or train before you use eval mode.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -52,25 +62,26 @@ def export(
     """
     if isinstance(net, Supernet):
         return _from_supernet(net, widths, path)
-    if callable(getattr(net, "networks", None)):
-        raise OptionError(f"{type(net).__name__} has networks of its own; call networks(), which returns them dense")
+    if isinstance(net, SeveralNetworks):
+        raise OptionError(
+            f"{type(net).__name__} has networks of its own; call its networks(), which returns them dense"
+        )
     graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
     plan = make_plan(graph, widths)
     slim = apply_plan(net, plan)
-    refresh_feature_info(slim)
-    origin = _origin(graph, plan, Dense.of(net))
-    earlier = origin_of(net)
-    set_origin(slim, origin if earlier is None else after(earlier, origin))
-    return slim
+    return _with_origin(slim, _origin(graph, plan, Dense.of(net)), origin_of(net))
 
 
 def _from_supernet(net: Supernet, widths: Kept | None, path: int) -> nn.Module:
     units = net.active if widths is None else net.units(widths, path)
     slim = apply_plan(net.whole(), net.plan(units))
+    return _with_origin(slim, _origin(net.graph, _dense_plan(net, units), net.dense), origin_of(net.model))
+
+
+def _with_origin(slim: nn.Module, origin: Origin, earlier: Origin | None) -> nn.Module:
+    """Update timm's channel counts and store the origin, composed with the one that the network already had."""
     refresh_feature_info(slim)
-    origin = _origin(net.graph, _dense_plan(net, units), net.dense)
-    earlier = origin_of(net.model)
-    set_origin(slim, origin if earlier is None else after(earlier, origin))
+    set_origin(slim, origin if earlier is None else compose_origins(earlier, origin))
     return slim
 
 
@@ -80,10 +91,10 @@ def _origin(graph: ChannelGraph, plan: Plan, dense: Dense) -> Origin:
 
 
 def _dense_plan(net: Supernet, units: dict[str, IntArray]) -> Plan:
-    """Plan the same shapes from the dense model, which lacks the units that a strategy added.
+    """Plan the same shapes from the dense model, which lacks the units that a strategy has added.
 
-    Only shapes matter here (the weights come from the supernet): a unit past the dense model's end is replaced by
-    one that it has, and counts as new when there is none left.
+    Only the shapes of this plan matter, because the weights come from the supernet. So a unit past the dense model's
+    end is replaced by an unused unit of the dense model; if none is left, it counts as a new unit.
     """
     own = net.graph.full
     kept: dict[str, IntArray] = {}

@@ -1,7 +1,7 @@
-"""Fold batch norms into the convolutions before them, by torch's own fuser, in models of any shape.
+"""Fold batch norms into the convolutions before them with torch's own fuser.
 
-Which batch norm follows which convolution is read off the exported graph, not guessed from names: a pair is folded
-where the convolution's output goes to that batch norm alone and neither module is used twice.
+The pairs come from the graph that ``torch.export`` records, not from names: a pair is folded if the convolution's
+output goes only to that batch norm and neither module is used twice.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections import Counter
 from typing import Any
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.fx import Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from widthkit.errors import ExportError
+from widthkit.errors import ExportError, one_line
 from widthkit.export.check import call_arguments, usable_inputs
 from widthkit.modules.clone import real_clone
 from widthkit.trace.inputs import Inputs
@@ -26,14 +26,14 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batchnorm(net: nn.Module, example_inputs: Any = None) -> tuple[nn.Module, int]:
-    """Return a copy in eval mode with every batch norm that follows a convolution folded into it.
+    """Return a copy in eval mode in which every batch norm after a convolution is folded into that convolution.
 
     Args:
         net: Any network that ``torch.export`` can read; it stays as it is.
         example_inputs: As in :func:`widthkit.trace`.
 
     Returns:
-        The copy, and how many batch norms are gone. Batch norms that stand before a convolution (DenseNet's) stay.
+        The copy and the number of folded batch norms. Batch norms before a convolution (DenseNet) stay.
 
     Raises:
         ExportError: If ``torch.export`` cannot read the network.
@@ -52,22 +52,24 @@ def fold_batchnorm(net: nn.Module, example_inputs: Any = None) -> tuple[nn.Modul
         conv, norm = folded.get_submodule(conv_path), folded.get_submodule(norm_path)
         fused: Any = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, _TRANSPOSED))  # type: ignore[type-var, arg-type]
         folded.set_submodule(conv_path, fused)
-        folded.set_submodule(norm_path, _rest(norm))
+        folded.set_submodule(norm_path, _activation_of(norm))
     return folded, len(pairs)
 
 
 def foldable(net: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
-    """List ``(path of a convolution, path of the batch norm that alone reads it)``, in the order of the run."""
+    """List ``(path of a convolution, path of the only batch norm that reads it)`` in the order of the run."""
     args, kwargs = call_arguments(inputs)
     try:
         with torch.no_grad():
             program = torch.export.export(net, args, kwargs)
     except Exception as error:
-        why = " ".join(str(error).split())[:160]
-        raise ExportError(f"torch.export cannot read {type(net).__name__}, so nothing can be folded ({why})") from error
+        raise ExportError(
+            f"torch.export cannot read {type(net).__name__}, so its batch norms cannot be folded ({one_line(error)}); "
+            "export it without folding"
+        ) from error
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     paths = dict(net.named_modules())
-    # A tensor with two names is used by two modules even where the graph shows one input.
+    # A tensor that two modules own has two names, but is one input of the graph.
     owners = Counter(id(t) for _, t in net.named_parameters(remove_duplicate=False))
     found = []
     for node in program.graph.nodes:
@@ -88,18 +90,18 @@ def foldable(net: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
 
 def _foldable_conv(module: nn.Module) -> bool:
     if isinstance(module, _TRANSPOSED):
-        # The fuser scales dim 1, which holds the outputs of one group only.
+        # The fuser scales dim 1 of the weight, which holds the output channels of one group only.
         return module.groups == 1
     return isinstance(module, _CONVS)
 
 
 def _owner(node: Any, names: dict[str, str]) -> str | None:
-    """Return the module whose own tensor a node is, if nothing else reads that tensor."""
+    """Return the path of the module that owns the tensor of a node, if only one node reads that tensor."""
     if not isinstance(node, Node) or node.name not in names or len(node.users) != 1:
         return None
     return names[node.name].rpartition(".")[0]
 
 
-def _rest(norm: nn.Module) -> nn.Module:
-    """What a batch norm's module does beside normalising."""
+def _activation_of(norm: nn.Module) -> nn.Module:
+    """Return what is left of a batch-norm module once its normalisation is folded: its activation, or nothing."""
     return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()

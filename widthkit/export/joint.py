@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthkit.errors import OptionError
-from widthkit.export.dense import export
+from widthkit.export.dense import SeveralNetworks, export
 from widthkit.graph import Kept
 from widthkit.graph.plan import Plan
 from widthkit.supernet import Supernet
@@ -25,7 +25,7 @@ from widthkit.train.modes import as_arguments
 from widthkit.train.step import StepContext
 
 
-class JointNet(nn.Module):
+class JointNet(SeveralNetworks):
     """One slimmable network of a few fixed widths; train it with :func:`widthkit.train`.
 
     A step trains every network on the batch: the one of most MACs learns the labels, the others its soft output.

@@ -1,4 +1,4 @@
-"""Where a slim network comes from: what is needed to rebuild it from its dense model."""
+"""The origin of a slim network: what is needed to rebuild it from its dense model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from widthkit.graph.plan import Plan
 from widthkit.modules.models import ModelName
 from widthkit.modules.structure import Dense
 
-_RECORD = "_widthkit_origin"
+_ATTRIBUTE = "_widthkit_origin"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How a slim network came about.
+    """How a slim network was made.
 
     Args:
-        plan: The plan that makes its shapes from the dense model.
-        dense: What the dense model is recognised by.
+        plan: The plan that turns the dense model into a network of its shapes.
+        dense: Description by which the dense model is recognised.
         macs: MACs per example of the slim network.
         params: Parameters of the slim network.
         dense_macs: MACs per example of the dense model.
         dense_params: Parameters of the dense model.
-        model: Name and arguments of the dense model, where known.
+        model: Name and arguments of the dense model, if known.
     """
 
     plan: Plan
@@ -38,22 +38,22 @@ class Origin:
 
 
 def origin_of(net: nn.Module) -> Origin | None:
-    """Return how a network was exported, or ``None`` if widthkit did not make it."""
-    return net.__dict__.get(_RECORD)
+    """Return the origin of an exported network; ``None`` if widthkit did not export it."""
+    return net.__dict__.get(_ATTRIBUTE)
 
 
 def set_origin(net: nn.Module, origin: Origin) -> None:
-    """Remember where a network comes from; plain data that no forward pass or ``state_dict`` sees."""
-    net.__dict__[_RECORD] = origin
+    """Store an origin on its network, as plain data that neither ``forward`` nor ``state_dict`` sees."""
+    net.__dict__[_ATTRIBUTE] = origin
 
 
-def after(first: Origin, second: Origin) -> Origin:
-    """Return the origin of a network that was slimmed twice, seen from the first dense model."""
-    return replace(first, plan=compose(first.plan, second.plan), macs=second.macs, params=second.params)
+def compose_origins(first: Origin, second: Origin) -> Origin:
+    """Return the origin of a network that was slimmed twice, relative to the first dense model."""
+    return replace(first, plan=compose_plans(first.plan, second.plan), macs=second.macs, params=second.params)
 
 
-def compose(first: Plan, second: Plan) -> Plan:
-    """Return the plan that does what ``first`` and then ``second`` does."""
+def compose_plans(first: Plan, second: Plan) -> Plan:
+    """Return one plan that equals ``first`` followed by ``second``."""
     tensors = {name: dict(dims) for name, dims in first.tensors.items()}
     for name, dims in second.tensors.items():
         own = tensors.setdefault(name, {})

@@ -1,163 +1,124 @@
-"""Save and load slim networks without pickle: weights in safetensors, structure in JSON."""
+"""Save a slim network in one or several formats: either all files are checked and written, or none is."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-import widthkit.version
-from widthkit.errors import ModelError, SlimFileError, WidthsError
-from widthkit.export.origin import Origin, origin_of
-from widthkit.export.rebuild import rebuild
-from widthkit.export.schema import SlimFile, checksum, encode_plan
-from widthkit.files import atomic_write
-from widthkit.graph.plan import apply_plan, check_shapes
-from widthkit.modules.clone import all_names, meta_clone, named_tensors
-from widthkit.modules.models import ModelName, candidates
-from widthkit.modules.structure import Dense, structure, structure_hash
+from widthkit.errors import OptionError, close_matches
+from widthkit.export.check import usable_inputs
+from widthkit.export.formats import FORMATS
+from widthkit.export.slim_file import paths_of, save_slim
+from widthkit.export.staging import StagedFiles
+from widthkit.export.writer import DTYPES, CheckedWriter, Say, Variant
+from widthkit.modules.models import ModelName
+from widthkit.train.modes import checked_device
 
 
-def save_files(
-    slim: nn.Module, path: str | Path, *, model: str | None = None, kwargs: Mapping[str, Any] | None = None
-) -> tuple[Path, Path]:
-    """Write ``PATH.safetensors`` and ``PATH.json``; see :func:`widthkit.save`.
+def save(
+    slim: nn.Module,
+    path: str | Path,
+    *,
+    formats: Sequence[str] = ("safetensors",),
+    model: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
+    reference: nn.Module | None = None,
+    dtype: str | None = None,
+    channels_last: bool = False,
+    fold_bn: bool = False,
+    device: str = "cpu",
+    say: Say | None = print,
+) -> tuple[Path, ...]:
+    """Write a slim network: safetensors and JSON by default, other formats by name.
+
+    ``safetensors`` writes ``PATH.safetensors`` and ``PATH.json``, which :func:`widthkit.load` reads. Every file is
+    opened again and run at three batch sizes; ``FILE.json`` keeps the largest difference from the reference. Nothing is
+    written unless all files pass.
+
+    Args:
+        slim: A network that :func:`widthkit.export` made; formats other than safetensors take any module.
+        path: Where to write; an ending ``.json`` or ``.safetensors`` is removed.
+        formats: Of ``safetensors``, ``pt2`` (``torch.export``), ``onnx``, ``aoti`` (AOTInductor).
+        model: Name of the dense model; models of torchvision and timm are recognised without it.
+        kwargs: Arguments of the dense model's factory, with ``model``.
+        example_inputs: As in :func:`widthkit.trace`.
+        reference: The network whose outputs the files must give; by default ``slim`` itself.
+        dtype: ``fp32``, ``fp16``, ``bf16`` or ``fp64``; the network's own by default.
+        channels_last: Keep 4-D weights and inputs with channels last in memory; ONNX has no memory formats.
+        fold_bn: Fold batch norms into the convolutions before them; not for safetensors.
+        device: Where AOTInductor compiles for and the files are checked.
+        say: Called with one line of text per checked file; ``None`` prints nothing.
 
     Returns:
-        The two paths, weights first.
+        The paths of the files, weights first; the records ``FILE.json`` are not among them.
 
     Raises:
         SlimFileError: If the dense model's name is not known or does not rebuild this network; nothing is written.
+        ExportError: If a format cannot hold the network, or a file computes something else; nothing is written.
+
+    >>> import tempfile, widthkit as wk
+    >>> slim = wk.export(wk.create_model("torchvision/resnet18", num_classes=10), {"conv1": 16})
+    >>> weights, recipe = save(slim, Path(tempfile.mkdtemp()) / "slim")
+    >>> wk.load(weights).conv1.out_channels
+    16
     """
-    origin = origin_of(slim)
-    if origin is None:
-        raise SlimFileError(f"{type(slim).__name__} was not made by widthkit.export; export it first")
-    name = _name_of(slim, origin, ModelName(model, dict(kwargs or {})) if model else None)
-    tensors = _state(slim)
-    blob = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    weights, recipe = paths_of(path)
-    record = {
-        "format": 1,
-        "widthkit": widthkit.version.__version__,
-        "model": {"name": name.name, "kwargs": dict(name.kwargs)},
-        "dense_structure": structure_hash(origin.dense.structure),
-        "slim_structure": structure_hash(structure(slim)),
-        "weights_sha256": hashlib.sha256(blob).hexdigest(),
-        "macs": origin.macs,
-        "params": origin.params,
-        "dense_macs": origin.dense_macs,
-        "dense_params": origin.dense_params,
-        "plan": encode_plan(origin.plan),
-    }
-    try:
-        record = json.loads(json.dumps(record))  # tuples become lists, as they will be when the file is read
-        text = json.dumps({**record, "sha256": checksum(record)}, indent=1)
-    except TypeError as error:
-        raise SlimFileError(f"the arguments of {name.name} are not plain JSON values: {error}") from error
-    atomic_write(weights, blob)
-    atomic_write(recipe, text.encode())
-    return weights, recipe
+    variant = Variant(dtype, channels_last, fold_bn, device)
+    chosen = _check_options(formats, variant)
+    dense = ModelName(model, dict(kwargs or {})) if model else None
+    target = paths_of(path)[0]
+    with tempfile.TemporaryDirectory(prefix="widthkit-") as folder:
+        staged = StagedFiles(Path(folder), target.with_suffix("").name)
+        if chosen == ["safetensors"] and variant == Variant() and example_inputs is None and reference is None:
+            save_slim(slim, staged.base, dense)
+        else:
+            inputs = usable_inputs(slim, example_inputs)
+            CheckedWriter(slim, variant, inputs, reference, dense).write_all(chosen, staged, say)
+        return staged.place(target.parent)
 
 
-def load(path: str | Path, *, allow: Sequence[str] = (), device: str | torch.device = "cpu") -> nn.Module:
-    """Rebuild a saved network; needs widthkit and the model's own library, and runs no code from the file.
+def check_formats(
+    formats: Sequence[str],
+    *,
+    dtype: str | None = None,
+    channels_last: bool = False,
+    fold_bn: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Refuse formats and variants that do not exist, before anything is loaded.
 
     Args:
-        path: What was given to :func:`save`, or either of the two files.
-        allow: Factories of your own (``package.module:factory``) that a file may name; only ``torchvision/`` and
-            ``timm/`` are trusted otherwise.
-        device: Where to put it.
-
-    Returns:
-        The network in eval mode.
+        formats: As in :func:`save`; so are the others.
+        dtype: Number type.
+        channels_last: Memory format.
+        fold_bn: Fold batch norms.
+        device: Device.
 
     Raises:
-        SlimFileError: If a file is missing, damaged, of another format version, or does not fit the model.
+        OptionError: With the names that are close, or with the remedy.
     """
-    weights, recipe = paths_of(path)
-    record = _read(recipe)
-    if ":" in record.model.name and record.model.name not in allow:
-        raise SlimFileError(
-            f"{recipe} names the factory '{record.model.name}'; pass allow=['{record.model.name}'] if you trust it"
+    _check_options(formats, Variant(dtype, channels_last, fold_bn, device))
+
+
+def _check_options(formats: Sequence[str], variant: Variant) -> list[str]:
+    known = ["safetensors", *FORMATS]
+    if isinstance(formats, str):
+        raise OptionError(f"formats= takes a list; write formats=['{formats}']")
+    for name in formats:
+        if name not in known:
+            raise OptionError(f"unknown format '{name}': {close_matches(name, known)}")
+    if not formats:
+        raise OptionError(f"no format was named; choose from {', '.join(known)}")
+    if variant.dtype is not None and variant.dtype not in DTYPES:
+        raise OptionError(f"unknown dtype '{variant.dtype}': {close_matches(variant.dtype, DTYPES)}")
+    if variant.fold_bn and "safetensors" in formats:
+        raise OptionError(
+            "safetensors rebuilds the network with its batch norms, so it cannot be folded; "
+            "save pt2, onnx or aoti with folding, and safetensors without"
         )
-    blob = _bytes(weights)
-    if hashlib.sha256(blob).hexdigest() != record.weights_sha256:
-        raise SlimFileError(f"{weights} does not belong to {recipe} or is damaged (checksum differs); save it again")
-    slim = rebuild(record, _tensors(blob, weights), weights, recipe)
-    return slim.to(device).eval()
-
-
-def _name_of(slim: nn.Module, origin: Origin, given: ModelName | None) -> ModelName:
-    """Return the first name that rebuilds exactly this network."""
-    known = [given] if given else [origin.model] if origin.model else list(candidates(slim))
-    for candidate in known:
-        try:
-            twin = candidate.outline()
-        except ModelError as error:
-            if given:
-                raise SlimFileError(str(error)) from error
-            continue
-        if _same_dense(twin, origin) and _same_result(twin, slim, origin):
-            return candidate
-    if given:
-        raise SlimFileError(f"{given.name} with {dict(given.kwargs)} does not rebuild this network")
-    raise SlimFileError(
-        f"the dense model behind this {type(slim).__name__} has no known name; pass model='package.module:factory' "
-        "(and kwargs=) so that it can be rebuilt"
-    )
-
-
-def _same_dense(twin: nn.Module, origin: Origin) -> bool:
-    described = Dense.of(twin)
-    return (described.structure, described.attributes) == (origin.dense.structure, origin.dense.attributes)
-
-
-def _same_result(dense: nn.Module, slim: nn.Module, origin: Origin) -> bool:
-    try:
-        check_shapes(dense, origin.plan)
-    except WidthsError:
-        return False
-    twin = apply_plan(meta_clone(dense), origin.plan)
-    shapes = {n: t.shape for n, t in named_tensors(twin).items()}
-    return structure(twin) == structure(slim) and shapes == {n: t.shape for n, t in named_tensors(slim).items()}
-
-
-def _state(slim: nn.Module) -> dict[str, Tensor]:
-    """Return the persistent tensors, shared ones once."""
-    state = slim.state_dict()
-    firsts = [first for first, _ in all_names(slim).items() if first in state]
-    return {name: state[name].detach().cpu().contiguous() for name in firsts}
-
-
-def _tensors(blob: bytes, path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(blob)
-    except Exception as error:
-        raise SlimFileError(f"{path} is not a safetensors file: {' '.join(str(error).split())[:160]}") from error
-
-
-def _read(path: Path) -> SlimFile:
-    return SlimFile.parse(_bytes(path), path)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SlimFileError(
-            f"{path} cannot be read ({error.strerror or error}); pass what was given to save"
-        ) from error
-
-
-def paths_of(path: str | Path) -> tuple[Path, Path]:
-    """Return the paths of the weights and of the recipe."""
-    base = Path(path)
-    if base.suffix in (".json", ".safetensors"):
-        base = base.with_suffix("")
-    return base.with_name(base.name + ".safetensors"), base.with_name(base.name + ".json")
+    checked_device(variant.device)
+    return list(dict.fromkeys(formats))

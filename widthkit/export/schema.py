@@ -1,4 +1,4 @@
-"""The JSON form of a slim network, checked before anything is built from it."""
+"""The JSON record of a slim network, checked before anything is built from it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from widthkit.errors import SlimFileError
 from widthkit.graph import IntArray
 from widthkit.graph.plan import Plan
 
-FORMAT = 1
-Runs = list[tuple[int, int]]
-"""Indices as runs ``(start, length)``; a start of -1 stands for new entries."""
+FORMAT_VERSION = 1
+IndexRanges = list[tuple[int, int]]
+"""Indices as ranges ``(start, length)``; a start of -1 stands for new entries."""
 
 
 class _Strict(BaseModel):
@@ -26,14 +26,14 @@ class _Strict(BaseModel):
 
 
 class ModelRecord(_Strict):
-    """The dense model."""
+    """The dense model: its name and the arguments of its factory."""
 
     name: str
     kwargs: dict[str, Any]
 
 
 class AttributeRecord(_Strict):
-    """One integer attribute that changes."""
+    """One integer attribute of a module that changes; ``element`` is its place in a tuple, or ``None``."""
 
     module: str
     name: str
@@ -42,7 +42,7 @@ class AttributeRecord(_Strict):
 
 
 class PlanRecord(_Strict):
-    """The plan."""
+    """The plan: widths, kept indices per tensor and dim, attributes, and the dense model's shapes."""
 
     widths: dict[str, int]
     tensors: dict[str, dict[str, list[list[int]]]]
@@ -50,8 +50,8 @@ class PlanRecord(_Strict):
     shapes: dict[str, list[int]]
 
 
-class SlimFile(_Strict):
-    """The whole file."""
+class SlimRecord(_Strict):
+    """The whole record."""
 
     format: int
     widthkit: str
@@ -67,8 +67,8 @@ class SlimFile(_Strict):
     sha256: str
 
     @classmethod
-    def parse(cls, data: bytes, path: Path) -> SlimFile:
-        """Read and check a file.
+    def parse(cls, data: bytes, path: Path) -> SlimRecord:
+        """Read and check a record.
 
         Raises:
             SlimFileError: If it is damaged or of another format version.
@@ -78,8 +78,11 @@ class SlimFile(_Strict):
         except (ValueError, RecursionError) as error:
             raise SlimFileError(f"{path} is not JSON ({error}); save the network again") from error
         version = raw.get("format") if isinstance(raw, dict) else None
-        if version != FORMAT:
-            raise SlimFileError(f"{path} has format version {version!r}; this widthkit reads version {FORMAT}")
+        if version != FORMAT_VERSION:
+            raise SlimFileError(
+                f"{path} has format version {version!r}; this widthkit reads version {FORMAT_VERSION}: "
+                "install the widthkit that wrote the file, or save the network again"
+            )
         if raw.get("sha256") != checksum(raw):
             raise SlimFileError(f"{path} is damaged (its checksum differs); save the network again")
         try:
@@ -87,11 +90,14 @@ class SlimFile(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise SlimFileError(f"{path} is damaged at '{where}': {first['msg']}") from error
+            raise SlimFileError(f"{path} is damaged at '{where}': {first['msg']}; save the network again") from error
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """SHA-256 of a record without its own checksum: finds accidents, not forgeries; those the other checks bound."""
+    """Return the SHA-256 of a record without its own checksum.
+
+    It finds accidents, not forgeries. The other checks bound what a forged record can do.
+    """
     rest = {name: value for name, value in record.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +106,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
     """Return a plan as JSON values."""
     return {
         "widths": dict(plan.widths),
-        "tensors": {n: {str(d): to_runs(i) for d, i in dims.items()} for n, dims in plan.tensors.items()},
+        "tensors": {n: {str(d): to_ranges(i) for d, i in dims.items()} for n, dims in plan.tensors.items()},
         "attributes": [
             {"module": module, "name": name, "element": element, "value": value}
             for (module, name), values in plan.attributes.items()
@@ -110,83 +116,88 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def decode_plan(record: SlimFile, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> Plan:
-    """Turn JSON values into a plan.
+def decode_plan(
+    record: SlimRecord, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+) -> Plan:
+    """Return the plan of a record.
 
     Args:
-        record: The file.
+        record: The validated record.
         shapes: Tensor name -> shape in the dense model.
-        stored: Tensor name -> shape in the weights file; what is not in there may not be larger than the largest.
+        stored: Tensor name -> shape in the weights file; no other tensor may be larger than its largest.
 
     Raises:
-        ValueError: If a name, dim or index does not exist, or a size is not the weights file's, before anything of
-            that size is allocated.
+        ValueError: If a name, dim or index does not exist, or a size differs from the weights file; raised before
+            anything of that size is allocated.
     """
     largest = max([math.prod(shape) for shape in stored.values()], default=0)
     tensors: dict[str, dict[int, IntArray]] = {}
     for name, dims in record.plan.tensors.items():
         if name not in shapes:
             raise ValueError(f"no tensor '{name}'")
-        for text, runs in dims.items():
+        for text, ranges in dims.items():
             dim = int(text)
             if not 0 <= dim < len(shapes[name]):
                 raise ValueError(f"'{name}' has no dim {dim}")
             where = f"{name}[{dim}]"
-            _check_total(runs, stored.get(name), dim, largest, where)
-            tensors.setdefault(name, {})[dim] = from_runs(runs, shapes[name][dim], where)
+            _check_total(ranges, stored.get(name), dim, largest, where)
+            tensors.setdefault(name, {})[dim] = from_ranges(ranges, shapes[name][dim], where)
     attributes: dict[tuple[str, str], dict[int | None, int]] = {}
     for a in record.plan.attributes:
         if not 1 <= a.value < 2**31:
-            raise ValueError(f"{a.module}.{a.name} = {a.value}")
+            raise ValueError(f"{a.module}.{a.name} = {a.value} is no size")
         attributes.setdefault((a.module, a.name), {})[a.element] = a.value
     expected = {name: tuple(shape) for name, shape in record.plan.shapes.items()}
     return Plan(record.plan.widths, {}, tensors, attributes, expected)
 
 
-def _check_total(runs: list[list[int]], stored: tuple[int, ...] | None, dim: int, largest: int, where: str) -> None:
-    total = sum(run[1] for run in runs if len(run) == 2)
+def _check_total(ranges: list[list[int]], stored: tuple[int, ...] | None, dim: int, largest: int, where: str) -> None:
+    total = sum(one[1] for one in ranges if len(one) == 2)
     fits = total <= largest if stored is None else dim < len(stored) and total == stored[dim]
     if not fits:
         raise ValueError(f"{where}: {total} entries, which the weights file does not hold")
 
 
-def to_runs(index: IntArray) -> Runs:
-    """Write indices as runs.
+def to_ranges(index: IntArray) -> IndexRanges:
+    """Write indices as ranges.
 
-    >>> to_runs(np.array([0, 1, 2, 7, -1, -1]))
+    >>> to_ranges(np.array([0, 1, 2, 7, -1, -1]))
     [(0, 3), (7, 1), (-1, 2)]
     """
-    runs: Runs = []
+    ranges: IndexRanges = []
     for value in index.tolist():
-        if runs:
-            start, length = runs[-1]
+        if ranges:
+            start, length = ranges[-1]
             follows = value == -1 if start == -1 else value == start + length
             if follows:
-                runs[-1] = (start, length + 1)
+                ranges[-1] = (start, length + 1)
                 continue
-        runs.append((value, 1))
-    return runs
+        ranges.append((value, 1))
+    return ranges
 
 
-def from_runs(runs: list[list[int]], size: int, where: str) -> IntArray:
-    """Read runs back.
+def from_ranges(ranges: list[list[int]], size: int, where: str) -> IntArray:
+    """Read ranges back.
 
     Args:
-        runs: Pairs ``[start, length]``.
-        size: Size of the dim; indices must be ascending and below it, new entries at most 16 times as many.
-        where: For the message.
+        ranges: Pairs ``[start, length]``.
+        size: Size of the dim. Indices must be ascending and below it; there may be 16 times as many entries.
+        where: Tensor and dim, for the message.
+
+    Returns:
+        ``[entries]``: the indices; -1 for a new entry.
 
     Raises:
-        ValueError: If the runs are malformed or out of range.
+        ValueError: If the ranges are malformed or out of bounds.
 
-    >>> from_runs([[0, 3], [-1, 2]], 4, "w[0]").tolist()
+    >>> from_ranges([[0, 3], [-1, 2]], 4, "w[0]").tolist()
     [0, 1, 2, -1, -1]
     """
     last, total = -1, 0
-    for run in runs:
-        if len(run) != 2 or run[1] < 1 or run[0] < -1:
-            raise ValueError(f"{where}: {run} is not a run [start, length]")
-        start, length = run
+    for one in ranges:
+        if len(one) != 2 or one[1] < 1 or one[0] < -1:
+            raise ValueError(f"{where}: {one} is not a range [start, length]")
+        start, length = one
         total += length
         if start >= 0:
             if start <= last or start + length > size:
@@ -194,4 +205,4 @@ def from_runs(runs: list[list[int]], size: int, where: str) -> IntArray:
             last = start + length - 1
     if not 0 < total <= 16 * size:
         raise ValueError(f"{where}: {total} entries from a dim of size {size}")
-    return np.concatenate([np.full(n, -1) if s == -1 else np.arange(s, s + n) for s, n in runs]).astype(np.int64)
+    return np.concatenate([np.full(n, -1) if s == -1 else np.arange(s, s + n) for s, n in ranges]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Latency of any widths on a named device: tables per operator, measured once, corrected on a few whole networks."""
+"""Latency of any widths on a named device: operators are timed once; whole networks correct their sum."""
 
 from widthkit.latency.conditions import Conditions, read_conditions
 from widthkit.latency.model import LatencyModel

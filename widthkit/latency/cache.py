@@ -1,4 +1,4 @@
-"""What was measured on this device before, on disk: one JSON file per device, with everything that times depend on."""
+"""Earlier measurements on disk: one JSON file per device, whose name depends on everything that affects times."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from filelock import FileLock
 
 from widthkit.errors import OptionError
 from widthkit.files import atomic_json
-from widthkit.version import __version__
 
-FORMAT = 1
+FORMAT_VERSION = 1
 Table = dict[tuple[int, ...], float]
 
 
@@ -37,14 +36,14 @@ def cache_dir() -> Path:
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """Name what times depend on beside the operator: chip, clock, threads and versions."""
-    found: dict[str, Any] = {"torch": torch.__version__, "widthkit_tables": FORMAT}
+    """Return what times depend on besides the operator: chip, clock, threads and versions."""
+    found: dict[str, Any] = {"torch": torch.__version__, "widthkit_tables": FORMAT_VERSION}
     if torch.device(device).type == "cuda":
         index = torch.device(device).index or 0
         properties = torch.cuda.get_device_properties(index)
         found |= {
             "device": properties.name,
-            "clock_khz": getattr(properties, "clock_rate", None),
+            "clock_khz": properties.clock_rate,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "tf32": torch.backends.cuda.matmul.allow_tf32,
@@ -77,13 +76,13 @@ def _read(path: str) -> str | None:
 
 
 class Cache:
-    """The file of one device.
+    """The cache file of one device.
 
     Args:
-        device: Its name; what it is comes from :func:`describe_device`.
-        folder: Where to keep the file; :func:`cache_dir` by default.
+        device: Name of the device; :func:`describe_device` describes it.
+        folder: Folder of the file; :func:`cache_dir` by default.
 
-    A file that is missing or damaged counts as empty: it is only a cache, and is written anew.
+    A missing or damaged file counts as empty, because a cache can be measured again.
     """
 
     def __init__(self, device: str, folder: Path | None = None) -> None:
@@ -99,27 +98,27 @@ class Cache:
         points = self._data["kernels"].get(key, {}).get("points", [])
         return {tuple(sizes): seconds for sizes, seconds in points}
 
-    def add(self, key: str, label: str, table: Table, copied: bool) -> None:
-        """Keep measured points of a kernel, beside those that are there; :meth:`save` writes them."""
+    def add(self, key: str, table: Table, copied: bool) -> None:
+        """Add measured points of a kernel to the earlier ones; :meth:`save` writes them."""
         merged = sorted({**self.table(key), **table}.items())
         points = [[list(sizes), seconds] for sizes, seconds in merged]
-        self._data["kernels"][key] = {"label": label, "copied": copied, "points": points}
+        self._data["kernels"][key] = {"copied": copied, "points": points}
 
     def copied(self, key: str) -> bool:
-        """Whether a kernel could not run alone and a copy of its result was timed instead."""
+        """Whether a copy of a kernel's result was timed, because the kernel cannot run alone."""
         return bool(self._data["kernels"].get(key, {}).get("copied"))
 
     def networks(self, key: str) -> list[dict[str, Any]]:
-        """Return the whole networks measured for one model and conditions."""
+        """Return the measured whole networks of one model under one set of conditions."""
         return list(self._data["networks"].get(key, []))
 
     def add_networks(self, key: str, rows: list[dict[str, Any]]) -> None:
-        """Keep measured networks."""
+        """Replace the measured networks of a key; :meth:`save` writes them."""
         self._data["networks"][key] = rows
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let one process measure at a time; who had to wait finds what the other measured.
+        """Let one process measure at a time; a process that had to wait then has the other's measurements.
 
         Raises:
             OptionError: If the folder cannot be written.
@@ -139,13 +138,13 @@ class Cache:
             lock.release()
 
     def save(self) -> None:
-        """Write the file, with what another process has added in the meantime.
+        """Write the file, together with what another process has added meanwhile.
 
         Raises:
             OptionError: If the folder cannot be written.
         """
         self._data = self._merged()
-        atomic_json(self.path, {"format": FORMAT, "device": self.device, "widthkit": __version__, **self._data})
+        atomic_json(self.path, {"format": FORMAT_VERSION, "device": self.device, **self._data})
 
     def _merged(self) -> dict[str, Any]:
         other = self._load()
@@ -155,7 +154,7 @@ class Cache:
         empty: dict[str, Any] = {"kernels": {}, "networks": {}}
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
+            if data["format"] != FORMAT_VERSION:
                 return empty
             for row in data["kernels"].values():
                 _ = [(tuple(map(int, sizes)), float(seconds)) for sizes, seconds in row["points"]]

@@ -1,11 +1,11 @@
-"""Which layers keep a slim network from being as fast as its MACs promise."""
+"""Find the layers because of which a slim network is slower than its MACs suggest."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 ENOUGH = 0.8
-"""A network is marked when its speed-up is below this share of its MACs ratio."""
+"""A network counts as slow if its speed-up is below this share of its MACs ratio."""
+
+_N_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one module without children costs in one forward pass.
+    """The cost of one module without children in one forward pass.
 
     Args:
         ms: Median time of its calls.
         macs: Multiply-adds of a convolution or linear layer; 0 otherwise.
-        elements: Numbers that it returns.
+        elements: Numbers in its output.
     """
 
     ms: float
@@ -34,14 +36,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class SlowLayer:
-    """A layer whose time did not shrink as much as its work.
+    """A layer whose time has shrunk less than its work.
 
     Args:
         name: Path of the module.
         dense_ms: Its time in the dense network.
         slim_ms: Its time in the slim network.
-        work: Its work in the slim network over that in the dense one: MACs, or numbers written where there are none.
-        excess_ms: What it takes beyond ``work * dense_ms``.
+        work: Its work in the slim network, divided by that in the dense one. Work is MACs, or numbers in the output of
+            a layer without MACs.
+        excess_ms: Its time beyond ``work * dense_ms``.
     """
 
     name: str
@@ -51,7 +54,7 @@ class SlowLayer:
     excess_ms: float
 
     def record(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the layer as JSON values."""
         return asdict(self)
 
 
@@ -70,13 +73,17 @@ def time_layers(net: nn.Module, x: Tensor, *, repeats: int = 7, warmup: int = 2)
     Args:
         net: The network, in eval mode, on the device of ``x``.
         x: A batch of images.
-        repeats: Timed passes; medians are returned.
-        warmup: Passes before that.
+        repeats: Timed passes; the median counts.
+        warmup: Passes before them that are not counted.
+
+    Returns:
+        Path of a module -> its cost.
     """
-    seen: dict[str, list[Any]] = {}
+    seen: dict[str, list[tuple[Any, Any]]] = {}
     work: dict[str, tuple[int, int]] = {}
     started: dict[str, Any] = {}
-    now = _event if x.is_cuda else time.perf_counter
+    now: Callable[[], Any] = _event if x.is_cuda else time.perf_counter
+    milliseconds = _between_events if x.is_cuda else _between_times
     hooks = []
 
     def before(name: str) -> Any:
@@ -96,7 +103,7 @@ def time_layers(net: nn.Module, x: Tensor, *, repeats: int = 7, warmup: int = 2)
         for name, module in net.named_modules():
             if not any(True for _ in module.children()):
                 hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
-        # Events are recorded on the stream of the current device, which need not be the network's.
+        # Events are recorded on the stream of the current device, which may not be the network's.
         with torch.inference_mode(), torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             for round_ in range(warmup + repeats):
                 if round_ == warmup:
@@ -107,11 +114,12 @@ def time_layers(net: nn.Module, x: Tensor, *, repeats: int = 7, warmup: int = 2)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: Layer(_median(pairs, repeats), *work[name]) for name, pairs in seen.items()}
+    times = {name: [milliseconds(start, end) for start, end in pairs] for name, pairs in seen.items()}
+    return {name: Layer(_median(values, repeats), *work[name]) for name, values in times.items()}
 
 
-def slow_layers(dense: Mapping[str, Layer], slim: Mapping[str, Layer], most: int = 5) -> list[SlowLayer]:
-    """List the layers that take longest beyond their share of the work, worst first.
+def slow_layers(dense: Mapping[str, Layer], slim: Mapping[str, Layer]) -> list[SlowLayer]:
+    """List the five layers with the largest excess time, largest first.
 
     >>> slow_layers({"a": Layer(4.0, 100, 10), "b": Layer(2.0, 0, 10)}, {"a": Layer(3.5, 50, 5), "b": Layer(1.0, 0, 5)})
     [SlowLayer(name='a', dense_ms=4.0, slim_ms=3.5, work=0.5, excess_ms=1.5)]
@@ -123,11 +131,11 @@ def slow_layers(dense: Mapping[str, Layer], slim: Mapping[str, Layer], most: int
         excess = b.ms - work * a.ms
         if excess > 0:
             found.append(SlowLayer(name, a.ms, b.ms, work, excess))
-    return sorted(found, key=lambda layer: (-layer.excess_ms, layer.name))[:most]
+    return sorted(found, key=lambda layer: (-layer.excess_ms, layer.name))[:_N_SHOWN]
 
 
 def describe(layers: list[SlowLayer]) -> str:
-    """Return one line for people.
+    """Return one line of text.
 
     >>> describe([SlowLayer("layer1.0.bn1", 2.0, 1.8, 0.5, 0.8)])
     'layer1.0.bn1 (2.00 -> 1.80 ms at 50% of its work)'
@@ -141,20 +149,27 @@ def _event() -> Any:
     return event
 
 
-def _median(pairs: list[Any], repeats: int) -> float:
-    """Median over passes; a module that is called several times per pass counts all its calls."""
-    times = [a.elapsed_time(b) if hasattr(a, "elapsed_time") else 1000 * (b - a) for a, b in pairs]
+def _between_events(start: Any, end: Any) -> float:
+    return float(start.elapsed_time(end))
+
+
+def _between_times(start: float, end: float) -> float:
+    return 1000 * (end - start)
+
+
+def _median(times: list[float], repeats: int) -> float:
+    """Return the median over passes; a module that runs several times per pass counts the sum of its calls."""
     calls = max(1, len(times) // repeats)
     return float(statistics.median(sum(times[i : i + calls]) for i in range(0, len(times), calls)))
 
 
 def _work(module: nn.Module, result: Any) -> tuple[int, int]:
-    elements = result.numel() if isinstance(result, Tensor) else 0
-    weight = getattr(module, "weight", None)
-    if not isinstance(result, Tensor) or not isinstance(weight, Tensor) or weight.ndim < 2:
-        return 0, elements
+    """Return MACs and number of outputs of one call."""
+    if not isinstance(result, Tensor):
+        return 0, 0
+    elements = result.numel()
     if isinstance(module, nn.Linear):
-        return weight.numel() * (elements // result.shape[-1]), elements
+        return module.weight.numel() * (elements // result.shape[-1]), elements
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return weight.numel() * result.shape[0] * math.prod(result.shape[2:]), elements
+        return module.weight.numel() * result.shape[0] * math.prod(result.shape[2:]), elements
     return 0, elements

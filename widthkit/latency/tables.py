@@ -1,50 +1,60 @@
-"""Measure the kernels of a network that the cache does not know yet."""
+"""Measure the kernels of a network whose times are not in the cache yet."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from widthkit.errors import one_line
+from widthkit.graph import IntArray
 from widthkit.latency.cache import Cache, Table
 from widthkit.latency.conditions import Conditions
-from widthkit.latency.fit import Curve, design
-from widthkit.latency.kernels import IntArray, Kernel, Use
-from widthkit.latency.replay import copy_seconds, kernel_seconds, quiet
+from widthkit.latency.curves import Curve, sizes_to_measure
+from widthkit.latency.kernels import Kernel, KernelUse
+from widthkit.latency.measure import copy_seconds, keep_freed_memory, kernel_seconds
 
 Clock = Callable[[Kernel, Sequence[int], Conditions], float]
 Say = Callable[[str], None]
 _SWEEPS = 3
-"""How often all points are gone through: what else runs on a machine comes and goes within seconds."""
+"""How often all points are measured. Other work on a machine comes and goes within seconds, so sweeps differ."""
 _COVERED = 0.95
+"""A table that reaches this share of every needed size is not extended."""
 
 
 def to_stderr(line: str) -> None:
-    """Tell people what takes long."""
+    """Print a line about slow work."""
     print(line, file=sys.stderr)
 
 
-def curves(
-    uses: Sequence[Use],
-    widest: IntArray,
-    conditions: Conditions,
-    cache: Cache,
-    *,
-    clock: Clock = kernel_seconds,
-    copy_clock: Clock = copy_seconds,
-    say: Say = to_stderr,
+@dataclass(frozen=True)
+class Clocks:
+    """Functions that time a kernel.
+
+    Args:
+        kernel: Times the kernel itself.
+        copy: Times a copy of its results, for a kernel that cannot run alone.
+        say: Is told when something is measured, and when a kernel cannot run alone.
+    """
+
+    kernel: Clock = kernel_seconds
+    copy: Clock = copy_seconds
+    say: Say = to_stderr
+
+
+def measured_curves(
+    uses: Sequence[KernelUse], widest: IntArray, conditions: Conditions, cache: Cache, clocks: Clocks
 ) -> dict[str, Curve]:
-    """Return kernel key -> time as a function of the sizes; what the cache lacks is measured and kept there.
+    """Return kernel key -> time as a function of the sizes; times that the cache lacks are measured and stored.
 
     Args:
         uses: The kernels of a network.
-        widest: ``[groups]``: the widest network that is asked for.
+        widest: ``[groups]``: the largest width of every group that is asked for.
         conditions: How to run.
-        cache: What is known.
-        clock: Times a kernel.
-        copy_clock: Times a copy of its results, where the kernel cannot run alone.
-        say: Told once when something has to be measured.
+        cache: Earlier measurements.
+        clocks: Functions that time a kernel.
     """
     kernels = {use.kernel.key: use.kernel for use in uses}
     largest: dict[str, IntArray] = {}
@@ -55,7 +65,7 @@ def curves(
         with cache.locked():
             missing = _all_missing(kernels, largest, cache)
             if missing:
-                _measure(kernels, missing, conditions, cache, clock, copy_clock, say)
+                _measure(kernels, missing, conditions, cache, clocks)
     return {key: Curve.of(cache.table(key), kernel.contracts) for key, kernel in kernels.items()}
 
 
@@ -66,57 +76,53 @@ def _all_missing(
     return {key: points for key, points in found.items() if points}
 
 
+def _missing(table: Table, largest: IntArray) -> list[tuple[int, ...]]:
+    """List the sizes to measure; none if the table reaches as far as this network needs."""
+    reached = np.array(list(table), dtype=np.int64).reshape(len(table), len(largest)).max(axis=0, initial=0)
+    if table and (reached >= _COVERED * largest).all():
+        return []
+    return [point for point in sizes_to_measure(largest.tolist()) if point not in table]
+
+
 def _measure(
     kernels: Mapping[str, Kernel],
     missing: Mapping[str, list[tuple[int, ...]]],
     conditions: Conditions,
     cache: Cache,
-    clock: Clock,
-    copy_clock: Clock,
-    say: Say,
+    clocks: Clocks,
 ) -> None:
-    """Go through all missing points several times and keep the least times."""
+    """Measure all missing points in several sweeps and store the least time of each."""
     n_points = sum(map(len, missing.values()))
-    say(f"latency: timing {len(missing)} operators at {n_points} sizes on {cache.device['device']}, once")
-    quiet(conditions.device or "cpu")
+    clocks.say(f"latency: timing {len(missing)} operators at {n_points} sizes on {cache.device['device']}, once")
+    keep_freed_memory(conditions.device or "cpu")
     copied: set[str] = set()
-    found: dict[str, Table] = {}
+    tables: dict[str, Table] = {key: {} for key in missing}
     for _ in range(_SWEEPS):
         for key, points in missing.items():
-            _sweep(kernels[key], points, found.setdefault(key, {}), copied, conditions, clock, copy_clock)
-    for key, table in found.items():
-        cache.add(key, kernels[key].label, table, key in copied)
+            seconds = _sweep(kernels[key], points, copied, tables, conditions, clocks)
+            tables[key] = {point: min(s, tables[key].get(point, s)) for point, s in seconds.items()}
+    for key, table in tables.items():
+        cache.add(key, table, key in copied)
     cache.save()
-
-
-def _missing(table: Table, largest: IntArray) -> list[tuple[int, ...]]:
-    """List the sizes to measure: none where a table reaches as far as this network needs."""
-    reached = np.array(list(table), dtype=np.int64).reshape(len(table), len(largest)).max(axis=0, initial=0)
-    if table and (reached >= _COVERED * largest).all():
-        return []
-    return [point for point in design(largest.tolist()) if point not in table]
 
 
 def _sweep(
     kernel: Kernel,
     points: Sequence[tuple[int, ...]],
-    table: Table,
     copied: set[str],
+    tables: dict[str, Table],
     conditions: Conditions,
-    clock: Clock,
-    copy_clock: Clock,
-) -> None:
-    """Time a kernel at all points once; the least of all sweeps stays in the table."""
-    for point in points:
-        seconds = None
-        if not kernel.copies and kernel.key not in copied:
-            try:
-                seconds = clock(kernel, point, conditions)
-            except Exception:  # an argument that follows the widths in a way that its shapes do not tell
-                copied.add(kernel.key)
-                table.clear()
-                return _sweep(kernel, points, table, copied, conditions, clock, copy_clock)
-        if seconds is None:
-            seconds = copy_clock(kernel, point, conditions)
-        table[point] = min(seconds, table.get(point, seconds))
-    return None
+    clocks: Clocks,
+) -> Table:
+    """Time a kernel once at all points; if it cannot run alone, time copies of its results at all of them.
+
+    A kernel cannot run alone if an argument follows the widths in a way that the shapes of its tensors do not show.
+    """
+    if not kernel.copies and kernel.key not in copied:
+        try:
+            return {point: clocks.kernel(kernel, point, conditions) for point in points}
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            clocks.say(f"latency: {kernel.label} cannot run alone ({one_line(error)}); a copy of its result is timed")
+            copied.add(kernel.key)
+            tables[kernel.key] = {}
+    return {point: clocks.copy(kernel, point, conditions) for point in points}

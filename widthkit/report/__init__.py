@@ -1,1 +1,1 @@
-"""What people read: tables, pictures, pages."""
+"""Tables, pictures and pages for people."""

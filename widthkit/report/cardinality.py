@@ -1,7 +1,7 @@
-"""How often every channel is used and trained under a sharing strategy: counted from gradients, drawn as bars.
+"""How often a sharing strategy uses and trains every channel: counted from gradients, drawn as bars.
 
 The cardinality of a channel (BCNet, Eq. 6 and 9; BCNetV2, Eq. 19 and 21) is the number of sub-networks that use it,
-over all widths of its layer. Channels with a small one are judged although they were hardly trained.
+over all widths of its layer. A channel with a small cardinality is judged although it is hardly trained.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widthkit.files import atomic_write
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import Limit, SearchSpace, resolve_limit, uniform_space
+from widthkit.report.png import png_bytes
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import Strategy
 from widthkit.trace import trace
 from widthkit.train.step import StepContext
 
-_STEPS = 72
-"""At least so many steps are counted; strategies may draw more than widths."""
-_IMAGES = (6, 3, 5, 5)
+_IMAGE_SHAPE = (6, 3, 5, 5)
 
 
 @dataclass(frozen=True)
@@ -37,22 +35,23 @@ class Cardinality:
     """How often each channel of one layer is used.
 
     Args:
-        width: Channels of the layer in the model; a strategy may add some.
-        judged: ``[paths, channels]``: in how many widths of the space each path uses a channel.
-        trained: ``[channels]``: backwards per training step that reach a channel, the mean over steps in which every
-            width is drawn equally often.
+        width: Channels of the layer in the model; a strategy may add channels.
+        judged: ``[paths, channels]``: number of widths of the space at which each path uses a channel.
+        trained: ``[channels]``: backward passes per training step that reach a channel; the mean over steps that draw
+            every width equally often.
     """
 
     width: int
-    judged: npt.NDArray[np.int64]
-    trained: npt.NDArray[np.float64]
+    judged: IntArray
+    trained: FloatArray
 
 
 @dataclass(frozen=True)
-class _InTurn(SearchSpace):
+class _RoundRobinSpace(SearchSpace):
     """A space whose draws visit every width equally often: two steps with one width, then two with the next.
 
-    Two, because some strategies treat odd and even steps differently. Further draws of a step take further widths.
+    Two steps, because some strategies treat odd and even steps differently. Further draws of one step take the next
+    widths.
     """
 
     at: list[int] = field(default_factory=lambda: [0, 0])
@@ -63,33 +62,34 @@ class _InTurn(SearchSpace):
         return {g.name: g.options[(step // 2 + draw) % len(g.options)] for g in self.groups}
 
 
-def count(strategy: Strategy, width: int = 12, min_width: Limit = 1) -> Cardinality:
-    """Run one layer at every width, and through training steps, and count which channels gradients reach.
+def count_cardinality(strategy: Strategy, width: int = 12, min_width: Limit = 1, *, min_steps: int = 72) -> Cardinality:
+    """Run a layer at every width, and through training steps, and count which channels the gradients reach.
 
     Args:
         strategy: The strategy.
         width: Channels of the layer; every number of channels is a choice.
-        min_width: The narrowest.
+        min_width: The narrowest width.
+        min_steps: Training steps to count, at least; a strategy may draw more than widths at random.
 
     >>> from widthkit.supernet.strategy import make_strategy
-    >>> count(make_strategy("ua", {}), 4).judged.tolist()  # BCNet, Eq. 6: l - c + 1
+    >>> count_cardinality(make_strategy("ua", {}), 4).judged.tolist()  # BCNet, Eq. 6: l - c + 1
     [[4, 3, 2, 1]]
     """
-    # A smooth activation: a gradient of zero then means that a channel was not used.
+    # With a smooth activation, a gradient of zero means that a channel was not used.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Tanh(), nn.Conv2d(width, 4, 3), nn.Flatten()).double()
-    graph = trace(model, torch.zeros(_IMAGES, dtype=torch.float64))
+    graph = trace(model, torch.zeros(_IMAGE_SHAPE, dtype=torch.float64))
     plain = uniform_space(graph, width, min_width=min_width)
-    space = _InTurn(graph, plain.groups)
+    space = _RoundRobinSpace(graph, plain.groups)
     net = make_supernet(model, strategy, graph=graph, space=space)
-    return Cardinality(width, _judged(net), _trained(net, space))
+    return Cardinality(width, _judged(net), _trained(net, space, min_steps))
 
 
-def _judged(net: Supernet) -> npt.NDArray[np.int64]:
+def _judged(net: Supernet) -> IntArray:
     (group,) = net.space.groups
     images, labels = _batch(0)
-    rows: list[npt.NDArray[np.int64]] = []
+    rows: list[IntArray] = []
     for width in group.options:
         for path, units in enumerate(net.paths({group.name: width})):
             net.zero_grad()
@@ -100,7 +100,7 @@ def _judged(net: Supernet) -> npt.NDArray[np.int64]:
     return np.stack(rows)
 
 
-def _trained(net: Supernet, space: _InTurn) -> npt.NDArray[np.float64]:
+def _trained(net: Supernet, space: _RoundRobinSpace, min_steps: int) -> FloatArray:
     total = np.zeros(len(_reached(net)))
 
     def backward(loss: Tensor) -> None:
@@ -109,7 +109,7 @@ def _trained(net: Supernet, space: _InTurn) -> npt.NDArray[np.float64]:
         total.__iadd__(_reached(net))
 
     cycle = 2 * len(space.groups[0].options)
-    steps = cycle * math.ceil(_STEPS / cycle)
+    steps = cycle * math.ceil(min_steps / cycle)
     for index in range(steps):
         space.at[:] = [index, 0]
         generator = torch.Generator().manual_seed(index)
@@ -117,8 +117,8 @@ def _trained(net: Supernet, space: _InTurn) -> npt.NDArray[np.float64]:
     return np.asarray(total / steps)
 
 
-def _reached(net: Supernet) -> npt.NDArray[np.int64]:
-    """Which channels of the layer the gradients reached."""
+def _reached(net: Supernet) -> IntArray:
+    """Return ``[channels]``: 1 where a gradient has reached a channel of the layer, else 0."""
     weight = net.model[0].weight  # type: ignore[index]
     if weight.grad is None:
         return np.zeros(len(weight), dtype=np.int64)
@@ -127,30 +127,30 @@ def _reached(net: Supernet) -> npt.NDArray[np.int64]:
 
 def _batch(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(_IMAGES, generator=generator, dtype=torch.float64)
-    return images, torch.randint(0, 4, _IMAGES[:1], generator=generator)
+    images = torch.randn(_IMAGE_SHAPE, generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 4, _IMAGE_SHAPE[:1], generator=generator)
 
 
-def draw(strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 12, base: Limit = "0.25x") -> None:
+def draw_cardinality(
+    strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 12, base: Limit = "0.25x"
+) -> None:
     """Draw the cardinalities of several strategies, over all widths and over those from a base width up.
 
     Args:
         strategies: Label -> strategy; one column each.
         path: The picture, a PNG file.
         width: Channels of the layer.
-        base: Narrowest width of the lower half of the picture.
+        base: Narrowest width in the lower half of the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     ranges: Sequence[Limit] = (1, resolve_limit(base, width))
     figure = Figure(figsize=(1 + 2.6 * len(strategies), 8.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(4, len(strategies), squeeze=False, sharey="row")
     n_paths = 1
     for half, narrowest in enumerate(ranges):
         for column, (label, strategy) in enumerate(strategies.items()):
-            found = count(strategy, width, narrowest)
+            found = count_cardinality(strategy, width, narrowest)
             judged, trained = axes[2 * half][column], axes[2 * half + 1][column]
             _stacked(judged, found.judged, found.width)
             _stacked(trained, found.trained[None], found.width)
@@ -165,13 +165,11 @@ def draw(strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 1
     for row in axes:
         row[0].set_ylim(0, 1.18 * row[0].get_ylim()[1])
     _legend(figure, min(n_paths, 10), width)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    atomic_write(Path(path), buffer.getvalue())
+    atomic_write(Path(path), png_bytes(figure))
 
 
-def _stacked(axis: Any, rows: npt.NDArray[Any], width: int) -> None:
-    """One bar per channel, one colour per path; channels past the model's own are behind a line."""
+def _stacked(axis: Any, rows: IntArray | FloatArray, width: int) -> None:
+    """Draw one bar per channel and one colour per path; a line separates channels that the strategy adds."""
     channels, bottom = np.arange(1, rows.shape[1] + 1), np.zeros(rows.shape[1])
     for path, row in enumerate(rows):
         axis.bar(channels, row, 0.85, bottom=bottom, color=f"C{path % 10}")

@@ -1,10 +1,9 @@
-"""Pictures and a page of one run, from its JSON files alone."""
+"""Pictures and a page of one run, made from its JSON files alone."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,9 @@ from widthkit.budget import show_count
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_write
 from widthkit.latency.slow_layers import ENOUGH, SlowLayer, describe, is_slow
+from widthkit.report.png import png_bytes
 from widthkit.search import SearchResult
 from widthkit.search.measured import describe_rows
-
-
-class _Slow(BaseModel):
-    name: str
-    dense_ms: float
-    slim_ms: float
-    work: float
-    excess_ms: float
 
 
 class _Row(BaseModel):
@@ -37,7 +29,7 @@ class _Row(BaseModel):
     accuracy_mean: float
     accuracy_std: float | None
     latency_ms: float
-    slow_layers: list[_Slow] = []
+    slow_layers: list[SlowLayer] = []
 
 
 class _Latency(BaseModel):
@@ -99,15 +91,8 @@ def _results(path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is damaged ({why}); run the command again") from error
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    # A fixed creation date keeps equal pictures equal to the byte.
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": "widthkit"})
-    return buffer.getvalue()
-
-
 def draw_widths(result: SearchResult, widths: dict[str, dict[str, int]]) -> bytes:
-    """Draw the width of every channel group as a PNG: the model's own, the uniform one's, the searched one's."""
+    """Draw the width of every channel group in the dense, the uniform and the searched network, as a PNG."""
     from matplotlib.figure import Figure
 
     full = result.full["widths"]
@@ -132,11 +117,11 @@ def draw_widths(result: SearchResult, widths: dict[str, dict[str, int]]) -> byte
     axes.set_title(f"Widths per channel group: {show_count(result.macs)} MACs, {share:.1%} of the dense model")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_search(result: SearchResult) -> bytes:
-    """Draw every judged network by MACs and score as a PNG, with the Pareto set."""
+    """Draw all judged networks by MACs and score, with the Pareto set, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -154,7 +139,7 @@ def draw_search(result: SearchResult) -> bytes:
     axes.set_title(f"{kind}, budget {result.budget}: {how}")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 COLUMNS = ("network", "MACs", "of dense", "params", "accuracy", "latency", "speed-up")
@@ -181,7 +166,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
-    """Say plainly where the outcome disappoints."""
+    """List what is disappointing about the outcome, in words."""
     rows = {row["network"]: row for row in results["table"]}
     dense, uniform, searched = rows["dense"], rows["uniform"], rows["searched"]
     found = list(results.get("notes", []))
@@ -213,7 +198,7 @@ def _caption(results: dict[str, Any]) -> str:
 
 
 def table_text(results: dict[str, Any]) -> None:
-    """Print the comparison."""
+    """Print the comparison as a table."""
     console = Console()
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -227,7 +212,7 @@ def table_text(results: dict[str, Any]) -> None:
 
 
 def _page(result: SearchResult, results: dict[str, Any] | None, pictures: dict[str, bytes]) -> str:
-    """Return one self-contained page."""
+    """Return one self-contained HTML page."""
     body = [f"<h1>widthkit: {html.escape(results['config']['model'] if results else 'search')}</h1>"]
     if results:
         head = "".join(f"<th>{c}</th>" for c in COLUMNS)

@@ -1,8 +1,7 @@
-"""What a search space looks like: tables, JSON, and the bins of every layer as a picture (CafeNet, Fig. 5)."""
+"""Describe a search space: a table, JSON, and a picture of the bins of every layer (CafeNet, Fig. 5)."""
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
@@ -11,13 +10,14 @@ from rich.table import Table
 
 from widthkit.budget import show_count
 from widthkit.graph.space import SearchSpace
+from widthkit.report.png import png_bytes
 from widthkit.version import __version__
 
 _SHOWN = 5
 
 
 def space_json(space: SearchSpace) -> dict[str, Any]:
-    """Return a search space as JSON values; the size is text, for JSON readers round large numbers."""
+    """Return a search space as JSON values; the size is text, because JSON readers round large numbers."""
     graph = space.graph
     sensitivity = graph.sensitivity()
     return {
@@ -42,7 +42,7 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
 
 
 def bin_size(options: tuple[int, ...]) -> float:
-    """Channels from one choice to the next, on average; the whole width where there is one choice.
+    """Return the mean number of channels between two choices; the whole width if there is only one choice.
 
     >>> bin_size((10, 20, 30, 36)), bin_size((64,))
     (8.666666666666666, 64.0)
@@ -76,7 +76,7 @@ def space_text(space: SearchSpace, name: str) -> None:
 
 
 def show_size(size: int) -> str:
-    """Write how many width vectors there are.
+    """Write a number of width vectors.
 
     >>> show_size(4096), show_size(10**25), show_size(20**25)
     ('4096', '1.0e25', '3.4e32')
@@ -84,7 +84,7 @@ def show_size(size: int) -> str:
     if size < 100_000:
         return str(size)
     power = len(str(size)) - 1
-    tenths = (size * 100 // 10**power + 5) // 10  # the integer is too large for a float when there are many groups
+    tenths = (size * 100 // 10**power + 5) // 10  # with many groups the integer is too large for a float
     return f"{tenths // 10}.{tenths % 10}e{power}" if tenths < 100 else f"1.0e{power + 1}"
 
 
@@ -115,6 +115,4 @@ def draw_space(space: SearchSpace, name: str) -> bytes:
             panel.set_yscale("log")
     panels[0].set_title(f"{name}: {show_size(space.size)} width vectors")
     panels[-1].set_xticks(list(positions), [g["name"] for g in data], rotation=90, fontsize=7)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": ""})
-    return picture.getvalue()
+    return png_bytes(figure)

@@ -1,4 +1,4 @@
-"""What the command line prints: tables for people, JSON for machines."""
+"""Output of the command line: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from widthkit.supernet.strategy import STRATEGIES
 from widthkit.trace.rules import RULES
 from widthkit.version import __version__
 
-_OBVIOUS = ("size 1", "not a floating-point tensor", "size of a convolution kernel")
+_UNSURPRISING = ("size 1", "not a floating-point tensor", "size of a convolution kernel")
 
 
 def graph_json(graph: ChannelGraph) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def graph_text(graph: ChannelGraph, name: str, *, verbose: bool = False) -> None
 
 
 def tied(graph: ChannelGraph, group: ChannelGroup, verbose: bool = False) -> str:
-    """Say what a group ties: who writes its channels, who reads them, what follows along."""
+    """Say which modules a group ties: those that write its channels, those that read them, those that follow."""
     roles: dict[str, list[str]] = {"written by": [], "read by": [], "with": []}
     for site in group.sites:
         module, _, kind = site.tensor.rpartition(".")
@@ -88,33 +88,33 @@ def tied(graph: ChannelGraph, group: ChannelGroup, verbose: bool = False) -> str
 
 
 def _print_frozen(console: Console, graph: ChannelGraph, verbose: bool) -> None:
-    told = {key: why for key, why in graph.frozen.items() if why not in _OBVIOUS}
+    shown = {key: why for key, why in graph.frozen.items() if why not in _UNSURPRISING}
     if verbose:
         console.print("frozen:")
         for key, why in graph.frozen.items():
             console.print(f"  {key}: {why}", highlight=False, markup=False)
         return
-    reasons = Counter(_general(why) for why in told.values())
-    example = {_general(why): f"{key}: {why}" for key, why in reversed(told.items())}
-    console.print(f"frozen: {len(told)} dims (kernel sizes left out), {len(reasons)} reasons")
+    reasons = Counter(_without_names(why) for why in shown.values())
+    example = {_without_names(why): f"{key}: {why}" for key, why in reversed(shown.items())}
+    console.print(f"frozen: {len(shown)} dims (without kernel sizes), {len(reasons)} reasons")
     for reason, count in reasons.most_common():
         more = f" (and {count - 1} more like it)" if count > 1 else ""
         console.print(f"  {example[reason]}{more}", highlight=False, markup=False)
 
 
-def _general(reason: str) -> str:
-    """Leave module names and numbers out, so that reasons of one kind count together."""
+def _without_names(reason: str) -> str:
+    """Remove module names and numbers, so that reasons of one kind count together."""
     return re.sub(r"\d+", "#", re.sub(r"^[\w.]+: ", "", reason))
 
 
 def plugins_text() -> None:
-    """Print every plug-in on a line of its own: kind, name, first docstring line, package."""
+    """Print one line per plug-in: kind, name, first line of its docstring, package."""
     registries: list[Registry[Any]] = [STRATEGIES, SEARCHERS, SCORE_MODELS, RULES]
     rows = [("kind", "name", "what it does", "package")]
     for registry in registries:
         for info in registry.infos():
-            said = info.summary if info.error is None else f"broken: {info.error}"
-            rows.append((info.kind, info.name, said, info.distribution))
+            text = info.summary if info.error is None else f"broken: {info.error}"
+            rows.append((info.kind, info.name, text, info.distribution))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

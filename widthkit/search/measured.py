@@ -9,7 +9,7 @@ from torch import nn
 
 from widthkit.budget import Budget, Limit, show_count
 from widthkit.graph.plan import apply_plan
-from widthkit.latency.replay import example_inputs, placed
+from widthkit.latency.measure import example_inputs, placed
 from widthkit.supernet import Supernet
 from widthkit.trace.watch import watch
 

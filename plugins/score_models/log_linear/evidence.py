@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.linalg import cho_solve, cholesky
 from scipy.optimize import minimize, nnls
 
-from widthkit.search.score_model import FloatArray
+from widthkit.graph import FloatArray, IntArray
 
 _WIDE = 2.0
 """Standard deviation of the priors on log variances: two units say that a factor of 50 either way is no surprise."""
@@ -57,7 +56,7 @@ class Layout:
         groups: ``[p, groups]``; log variances of weights are shifted by their groups' log scales.
     """
 
-    block: npt.NDArray[np.int64]
+    block: IntArray
     trusted: int
     groups: FloatArray
 

@@ -8,9 +8,8 @@ from itertools import combinations
 import numpy as np
 from numpy.polynomial.legendre import legval
 
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
-from widthkit.search.score_model import FloatArray
 
 _DRAWS = 512
 _ALL_PAIRS = 16

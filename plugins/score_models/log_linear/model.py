@@ -7,9 +7,9 @@ from widthkit_plugins.score_models.log_linear.evidence import Evidence, Layout, 
 from widthkit_plugins.score_models.log_linear.features import Features
 
 from widthkit.errors import ModelError
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
-from widthkit.search.score_model import FloatArray, Observations, Prediction, ScoreModel
+from widthkit.search.score_model import Observations, Prediction, ScoreModel
 
 
 class LogLinearModel(ScoreModel):

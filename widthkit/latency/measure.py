@@ -1,6 +1,7 @@
-"""Run one operator, or one network, in isolation and time it.
+"""Run one operator, or one whole network, on its own and time it.
 
-Times are robust to a busy machine: many short batches, the least of which counts, since neighbours only ever add.
+Times are robust to a busy machine: several short batches of calls are timed and the least time counts, because other
+processes can only add time.
 """
 
 from __future__ import annotations
@@ -14,56 +15,57 @@ from torch import Tensor, nn
 
 from widthkit.graph.program import Program, Slot, TensorSpec, is_floating
 from widthkit.latency.conditions import Conditions
-from widthkit.latency.kernels import Kernel, argument_names, find_operator
+from widthkit.latency.kernels import Kernel, argument_names, find_operator, operator_schema
 from widthkit.latency.timing import interleaved, keep_pages
 from widthkit.trace.recorder import call as call_model
 
-_TARGET = 1e-3
-"""Seconds of one batch of calls: long for the clock, short for the scheduler of a busy machine."""
+_BATCH_SECONDS = 1e-3
+"""Duration of one batch of calls: long against the clock's resolution, short against a scheduler's time slice."""
 _BATCHES = 3
 _MOST_CALLS = 256
 _IN_PLACE_CALLS = 24
-"""In-place operators are repeated fewer times in a row: numbers halved for ever become denormal, and slow."""
+"""In-place operators are repeated fewer times, because values that shrink in every call become denormal, and slow."""
 _PASSES = 3
-"""Passes in a row of one network: the first of them finds its weights pushed out of the caches by another's."""
+"""Passes of one network in a row; in the first one the caches still hold the weights of another network."""
 
 
 def kernel_seconds(kernel: Kernel, sizes: Sequence[int], conditions: Conditions) -> float:
     """Time one kernel at given sizes.
 
     Args:
-        kernel: What to run.
+        kernel: The kernel.
         sizes: A number for every open size.
-        conditions: Device and memory format; types and batch size are in the kernel.
+        conditions: Device and memory format; the kernel itself has number types and batch size.
 
     Returns:
         Seconds per call.
 
     Raises:
-        Exception: Whatever the operator raises at these sizes.
+        RuntimeError: If the operator does not run at these sizes; operators also raise TypeError, ValueError and
+            IndexError.
     """
     tensors = [_tensor(_shape(s, sizes), dtype, conditions) for s, dtype in kernel.inputs]
     call = _call(kernel, tensors)
     refresh = _refresher(kernel, tensors)
     with torch.inference_mode():
-        return _least(call, refresh, conditions.device or "cpu", _IN_PLACE_CALLS if refresh else _MOST_CALLS)
+        return _least_seconds(call, refresh, conditions.device or "cpu", _IN_PLACE_CALLS if refresh else _MOST_CALLS)
 
 
 def copy_seconds(kernel: Kernel, sizes: Sequence[int], conditions: Conditions) -> float:
-    """Time a copy of a kernel's results: what stands for an operator that cannot run in isolation."""
+    """Time a copy of a kernel's results, as a substitute for an operator that cannot run on its own."""
     tensors = [_tensor(_shape(s, sizes), dtype, conditions) for s, dtype in kernel.outputs]
     with torch.inference_mode():
-        return _least(lambda: [t.clone() for t in tensors], None, conditions.device or "cpu", _MOST_CALLS)
+        return _least_seconds(lambda: [t.clone() for t in tensors], None, conditions.device or "cpu", _MOST_CALLS)
 
 
 def network_seconds(
     networks: Mapping[str, nn.Module], program: Program, conditions: Conditions, repeats: int = 9
 ) -> dict[str, float]:
-    """Time whole networks in turns, three passes in a row each; the fastest pass counts, as for operators.
+    """Time whole networks in turns, three passes in a row each; the fastest pass counts.
 
     Args:
-        networks: Name -> network; moved to the device and cast. They are the caller's to throw away.
-        program: Says what an input looks like.
+        networks: Name -> network. They are moved to the device and cast in place, so pass copies.
+        program: The traced run; it has the shapes of the inputs.
         conditions: How to run.
         repeats: Timed rounds.
 
@@ -80,29 +82,29 @@ def network_seconds(
 
         return several
 
-    quiet(device)
+    keep_freed_memory(device)
     with torch.inference_mode():
         rounds: dict[str, list[float]] = {name: [] for name in passes}
-        calls = {name: _noting(best(run), rounds[name]) for name, run in passes.items()}
+        calls = {name: _storing(best(run), rounds[name]) for name, run in passes.items()}
         interleaved(calls, repeats=repeats, warmup=1, device=device)
     return {name: min(values[1:]) for name, values in rounds.items()}
 
 
-def quiet(device: str) -> None:
-    """Keep page faults of the C library out of the times, on a CPU."""
+def keep_freed_memory(device: str) -> None:
+    """On a CPU, let the C library keep freed memory, so that page faults do not disturb the times."""
     if torch.device(device).type == "cpu":
         keep_pages()
 
 
-def _noting(run: Callable[[], float], into: list[float]) -> Callable[[], object]:
+def _storing(run: Callable[[], float], into: list[float]) -> Callable[[], object]:
     return lambda: into.append(run())
 
 
 def clock_of(device: str) -> Callable[[], float]:
     """Return the clock for a device.
 
-    One thread on a CPU is timed by what the system counts for that thread: on a quiet machine the same as the clock on
-    the wall, on a busy one without the time in which others ran.
+    On a CPU with one thread it is the CPU time of that thread: wall time without the time in which other processes ran.
+    With more threads, and on other devices, it is wall time.
     """
     return time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
@@ -120,10 +122,10 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _least(run: Callable[[], object], refresh: Callable[[], object] | None, device: str, most: int) -> float:
+def _least_seconds(run: Callable[[], object], refresh: Callable[[], object] | None, device: str, most: int) -> float:
     run()
     once = min(_seconds(run, device) for _ in range(2))
-    n = max(1, min(most, int(_TARGET / max(once, 1e-7))))
+    n = max(1, min(most, int(_BATCH_SECONDS / max(once, 1e-7))))
     best, clock = float("inf"), clock_of(device)
     for _ in range(_BATCHES):
         if refresh is not None:
@@ -141,7 +143,7 @@ def _shape(shape: Sequence[int | str], sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _tensor(shape: tuple[int, ...], dtype: str, conditions: Conditions) -> Tensor:
-    """Return numbers that no operator minds: around 1, positive; indices are 0."""
+    """Return values that every operator accepts: positive floats around 1, and integers (indices) of 0."""
     kind: torch.dtype = getattr(torch, dtype)
     device = conditions.device or "cpu"
     if not is_floating(dtype):
@@ -154,22 +156,22 @@ def _tensor(shape: tuple[int, ...], dtype: str, conditions: Conditions) -> Tenso
 def _call(kernel: Kernel, tensors: list[Tensor]) -> Callable[[], object]:
     operator = find_operator(kernel.operator)
     names = argument_names(kernel.operator)
-    args = [_following(n, kernel, _filled(a, tensors), tensors) for n, a in zip(names, kernel.args, strict=False)]
-    kwargs = {n: _following(n, kernel, _filled(v, tensors), tensors) for n, v in kernel.kwargs}
+    args = [_with_size(n, kernel, _with_tensors(a, tensors), tensors) for n, a in zip(names, kernel.args, strict=False)]
+    kwargs = {n: _with_size(n, kernel, _with_tensors(v, tensors), tensors) for n, v in kernel.kwargs}
     device = {"device": tensors[0].device} if kwargs.get("device") is not None else {}
     return lambda: operator(*args, **{**kwargs, **device})
 
 
-def _filled(value: Any, tensors: list[Tensor]) -> Any:
+def _with_tensors(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Slot):
         return tensors[value.index]
     if isinstance(value, dict):
-        return type(value)((name, _filled(item, tensors)) for name, item in value.items())
-    return [_filled(item, tensors) for item in value] if isinstance(value, tuple) else value
+        return type(value)((name, _with_tensors(item, tensors)) for name, item in value.items())
+    return [_with_tensors(item, tensors) for item in value] if isinstance(value, tuple) else value
 
 
-def _following(name: str, kernel: Kernel, value: Any, tensors: list[Tensor]) -> Any:
-    """Put in what :mod:`widthkit.latency.kernels` took out because it follows the sizes."""
+def _with_size(name: str, kernel: Kernel, value: Any, tensors: list[Tensor]) -> Any:
+    """Insert the arguments that :mod:`widthkit.latency.kernels` removed because they repeat a size."""
     if value is None and name == "groups" and kernel.base.startswith("conv"):
         x, weight = tensors[:2]
         return x.shape[x.ndim - weight.ndim + 1] // weight.shape[1]
@@ -179,14 +181,15 @@ def _following(name: str, kernel: Kernel, value: Any, tensors: list[Tensor]) -> 
 
 
 def _refresher(kernel: Kernel, tensors: list[Tensor]) -> Callable[[], object] | None:
-    if not find_operator(kernel.operator)._schema.is_mutable or not tensors:
+    """Return a function that restores the arguments of an in-place operator; ``None`` for other operators."""
+    if not operator_schema(kernel.operator).is_mutable or not tensors:
         return None
     kept = [t.clone() for t in tensors]
     return lambda: [t.copy_(k) for t, k in zip(tensors, kept, strict=True)]
 
 
 def placed(network: nn.Module, conditions: Conditions) -> nn.Module:
-    """Put a network where it is deployed: device, type, memory format, eval mode."""
+    """Move a network to its conditions, in place: device, number type, memory format, eval mode."""
     dtype = getattr(torch, conditions.dtype) if conditions.dtype else None
     network = network.eval().to(device=conditions.device or "cpu", dtype=dtype)
     return network.to(memory_format=torch.channels_last) if conditions.channels_last else network  # type: ignore[call-overload,no-any-return]
@@ -196,7 +199,7 @@ def example_inputs(program: Program, conditions: Conditions) -> tuple[Any, ...]:
     """Return inputs like those of the traced run, at the batch size, type and memory format of the conditions."""
     extra = program.extra(conditions.batch)
     tensors = [_tensor(_full(spec, extra), _kind(spec, conditions), conditions) for spec in program.inputs]
-    filled: tuple[Any, ...] = tuple(_filled(value, tensors) for value in program.example)
+    filled: tuple[Any, ...] = tuple(_with_tensors(value, tensors) for value in program.example)
     return filled
 
 
