@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widthkit.export.check import call_arguments
 from widthkit.modules.clone import meta_clone
-from widthkit.trace.inputs import Inputs, candidates
+from widthkit.trace.inputs import Inputs, likely_inputs
 
 
 def refresh_feature_info(net: nn.Module) -> None:
@@ -22,7 +22,7 @@ def refresh_feature_info(net: nn.Module) -> None:
     rows = info if isinstance(info, list) else getattr(info, "info", None)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "num_chs" in row for row in rows):
         return
-    for inputs in candidates(net):
+    for inputs in likely_inputs(net):
         with contextlib.suppress(Exception):
             _refresh(net, rows, list(getattr(info, "out_indices", ())), inputs)
             return

@@ -54,7 +54,7 @@ def rebuild(record: SlimFile, tensors: Mapping[str, Tensor], weights: Path, reci
     _refuse_fetching(name, recipe)
     stored = {n: tuple(t.shape) for n, t in tensors.items()}
     most = _SPARE + 16 * sum(math.prod(shape) for shape in stored.values())
-    outline = _build(name, record, recipe, most, hollow=False)
+    outline = _build(name, record, recipe, most, meta_weights=False)
     described = Dense.of(outline)
     if structure_hash(described.structure) != record.dense_structure:
         raise SlimFileError(f"{recipe}: {name.name} has another structure in this version of its library")
@@ -63,7 +63,7 @@ def rebuild(record: SlimFile, tensors: Mapping[str, Tensor], weights: Path, reci
         plan = decode_plan(record, shapes, stored)
         check_shapes(outline, plan)
         _check_sizes(outline, plan, stored, most)
-        slim = apply_plan(_build(name, record, recipe, most, hollow=True), plan, initialise=False)
+        slim = apply_plan(_build(name, record, recipe, most, meta_weights=True), plan, initialise=False)
     except (WidthsError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise SlimFileError(f"{recipe}: the plan does not fit {name.name}: {_line(error)}") from error
     if structure_hash(structure(slim)) != record.slim_structure:
@@ -81,10 +81,10 @@ def _refuse_fetching(name: ModelName, recipe: Path) -> None:
         raise SlimFileError(f"{recipe} passes {bad[0]}= to {name.name}; a slim file may not make a factory fetch files")
 
 
-def _build(name: ModelName, record: SlimFile, recipe: Path, most: int, *, hollow: bool) -> nn.Module:
+def _build(name: ModelName, record: SlimFile, recipe: Path, most: int, *, meta_weights: bool) -> nn.Module:
     try:
         with _at_most(4 * len(record.plan.shapes) + 200):
-            return name.hollow(most) if hollow else name.outline(most)
+            return name.with_meta_weights(most) if meta_weights else name.outline(most)
     except (ModelError, MemoryError, RecursionError, OverflowError) as error:
         raise SlimFileError(f"{recipe}: {_line(error)}") from error
 

@@ -20,7 +20,7 @@ from widthkit.export.schema import SlimFile, checksum, encode_plan
 from widthkit.files import atomic_write
 from widthkit.graph.plan import apply_plan, check_shapes
 from widthkit.modules.clone import all_names, meta_clone, named_tensors
-from widthkit.modules.models import ModelName, candidates
+from widthkit.modules.models import ModelName, likely_names
 from widthkit.modules.structure import Dense, structure, structure_hash
 
 
@@ -95,7 +95,7 @@ def load(path: str | Path, *, allow: Sequence[str] = (), device: str | torch.dev
 
 def _name_of(slim: nn.Module, origin: Origin, given: ModelName | None) -> ModelName:
     """Return the first name that rebuilds exactly this network."""
-    known = [given] if given else [origin.model] if origin.model else list(candidates(slim))
+    known = [given] if given else [origin.model] if origin.model else list(likely_names(slim))
     for candidate in known:
         try:
             twin = candidate.outline()

@@ -104,7 +104,7 @@ def uses_of(program: Program, conditions: Conditions) -> list[Use]:
     extra = program.extra(conditions.batch)
     found: dict[tuple[str, bytes], Use] = {}
     for call in program.calls:
-        if call.moves_nothing or not any(is_floating(t.dtype) for t in call.inputs):
+        if call.is_view or not any(is_floating(t.dtype) for t in call.inputs):
             continue  # views and constants: their time is part of the overhead that whole networks tell
         use = _use(call, conditions, extra)
         key = use.kernel.key, use.forms.tobytes()

@@ -16,7 +16,7 @@ from widthkit.graph.program import Program, Slot, TensorSpec, is_floating
 from widthkit.latency.conditions import Conditions
 from widthkit.latency.kernels import Kernel, argument_names, find_operator
 from widthkit.latency.timing import interleaved, keep_pages
-from widthkit.trace.recorder import call as call_model
+from widthkit.trace.recorder import call_model
 
 _TARGET = 1e-3
 """Seconds of one batch of calls: long for the clock, short for the scheduler of a busy machine."""
