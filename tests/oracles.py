@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.oracles.checks import fvcore_macs, n_params, permuted
 from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray, Site
-from widthkit.graph.plan import apply_plan, grow, make_plan
+from widthkit.graph.plan import apply_plan, make_plan
+from widthkit.graph.resize import grow
 from widthkit.supernet import Supernet, make_supernet
 
 TOLERANCE = 1e-10

@@ -22,9 +22,9 @@ from widthkit.graph import ChannelGraph, IntArray
 from widthkit.modules.clone import named_tensors
 from widthkit.supernet import make_supernet
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.fake_values import Cheap
+from widthkit.trace.fake_values import FakeValueMode
 from widthkit.trace.inputs import Inputs, Keywords, float_dtype
-from widthkit.trace.recorder import call
+from widthkit.trace.recorder import call_model
 
 TOLERANCE = 1e-10
 _FVCORE = ("conv", "linear", "matmul", "bmm", "einsum", "addmm", "baddbmm")
@@ -42,7 +42,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         before = torch.get_default_dtype()
         torch.set_default_dtype(float_dtype(model))
         try:
-            return flat_tensors((call(model, inputs),))
+            return flat_tensors((call_model(model, inputs),))
         finally:
             torch.set_default_dtype(before)
 
@@ -116,8 +116,8 @@ def n_params(model: nn.Module) -> int:
 
 def hollow_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Return all tensors that a model returns whose control flow depends on values; only their shapes mean anything."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), Cheap(hollow=True):
-        return flat_tensors((call(model, inputs),))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), FakeValueMode(fake_values=True):
+        return flat_tensors((call_model(model, inputs),))
 
 
 def counted_macs(model: nn.Module, inputs: Inputs, hollow: bool = False) -> int:
@@ -136,10 +136,10 @@ def counted_macs(model: nn.Module, inputs: Inputs, hollow: bool = False) -> int:
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
-            Cheap(hollow=True) if hollow else contextlib.nullcontext(),
+            FakeValueMode(fake_values=True) if hollow else contextlib.nullcontext(),
             FlopCounterMode(display=False) as counter,
         ):
-            call(model, inputs)
+            call_model(model, inputs)
     finally:
         for parameter in free:
             parameter.requires_grad_(True)

@@ -21,7 +21,7 @@ from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph, IntArray
 from widthkit.trace.context import bind, flat_tensors
 from widthkit.trace.inputs import Inputs
-from widthkit.trace.recorder import call
+from widthkit.trace.recorder import call_model
 
 _MIXING = {
     "softmax", "log_softmax", "scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "layer_norm",
@@ -64,7 +64,7 @@ def why_not(model: nn.Module, inputs: Inputs) -> str:
     """Say why the cut oracle does not apply to a model, or return an empty string where it does."""
     watch = _Watch(model)
     with torch.inference_mode(), watch:
-        call(model, inputs)
+        call_model(model, inputs)
     return watch.reason
 
 

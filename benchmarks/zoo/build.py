@@ -20,9 +20,9 @@ from widthkit.errors import ModelError
 from widthkit.modules.clone import clone_with, meta_clone, real_clone
 from widthkit.modules.models import create_model
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.fake_values import Cheap
-from widthkit.trace.inputs import Inputs, candidates, needs_values
-from widthkit.trace.recorder import call, to_device
+from widthkit.trace.fake_values import FakeValueMode
+from widthkit.trace.inputs import Inputs, likely_inputs, needs_values
+from widthkit.trace.recorder import call_model, to_device
 
 SIZES = (64, 96, 128, 192, 224, 256, 288, 384)
 _RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_", "erfinv_")
@@ -85,8 +85,8 @@ def runs(model: nn.Module, inputs: Inputs) -> bool:
         ValuesNeeded: If it cannot be told there.
     """
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]), Cheap():
-            return bool(flat_tensors((call(meta_clone(model), to_device(inputs, "meta")),)))
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), FakeValueMode():
+            return bool(flat_tensors((call_model(meta_clone(model), to_device(inputs, "meta")),)))
     except Exception as error:
         if needs_values(error):
             raise ValuesNeeded(str(error)) from error
@@ -179,11 +179,11 @@ def small(name: str, *, macs_limit: float = 4e8, params_limit: float = 3e7) -> S
                 model = build(name, **kwargs)
             except ModelError:
                 continue
-            for inputs in candidates(model, sizes=(size,) if size else None):
+            for inputs in likely_inputs(model, sizes=(size,) if size else None):
                 if runs(model, inputs):
                     return _shortened(model, inputs, kwargs, macs_limit, params_limit)
     model = fill(build(name))
-    for inputs in candidates(model):
+    for inputs in likely_inputs(model):
         # It depends on values, so nothing can be tried without them.
         for how, tolerance in (("float64", 1e-8), ("float32, which its code insists on", 1e-3)):
             dtype = getattr(torch, how[:7])
@@ -297,7 +297,7 @@ _COARSE = (torch.float32, torch.float16, torch.bfloat16)
 
 def _casts(model: nn.Module, inputs: Inputs) -> bool:
     with torch.inference_mode(), torch.random.fork_rng(devices=[]), _Casts() as casts:
-        call(model, inputs)
+        call_model(model, inputs)
     return bool(casts.found)
 
 

@@ -24,7 +24,7 @@ from widthkit.graph.plan import apply_plan, make_plan
 from widthkit.modules.clone import meta_clone
 from widthkit.trace import trace
 from widthkit.trace.context import flat_tensors
-from widthkit.trace.inputs import Inputs, candidates
+from widthkit.trace.inputs import Inputs, likely_inputs
 from widthkit.trace.recorder import to_device
 
 _OBVIOUS = ("size 1", "not a floating-point tensor", "size of a convolution kernel")
@@ -73,7 +73,7 @@ def measure(name: str, peer: str | None = None, seed: int = 0) -> Iterator[Row]:
     row["peak_memory_mb"] = peak_memory_mb()
     if peer is not None and n_params < _FILL_LIMIT:
         del tiny, small_graph
-        example = full if full is not None else next(candidates(model))
+        example = full if full is not None else next(likely_inputs(model))
         row["peer"] = {"peer": peer} | halved(model, example, graph, row["trace_cpu_seconds"])
         row["stage"] = "peer"
         yield row
@@ -108,11 +108,11 @@ def _full_checks(model: nn.Module, graph: ChannelGraph, rng: np.random.Generator
     units = checks.random_units(graph, rng)
     widths = {n: len(u) for n, u in units.items()}
     try:
-        inputs = next((i for i in candidates(model) if builder.runs(model, i)), None)
+        inputs = next((i for i in likely_inputs(model) if builder.runs(model, i)), None)
         run, whole, hollow = checks.outputs, meta_clone(model), False
         placed = to_device(inputs, "meta")
     except builder.ValuesNeeded:
-        inputs = next((i for i in candidates(model) if builder.runs_hollow(model, i)), None)
+        inputs = next((i for i in likely_inputs(model) if builder.runs_hollow(model, i)), None)
         run, whole, hollow = checks.hollow_outputs, model, True
         placed = inputs
     if inputs is None:

@@ -18,7 +18,7 @@ from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.inputs import Inputs
-from widthkit.trace.recorder import call
+from widthkit.trace.recorder import call_model
 
 PEERS = ("torch-pruning",)
 PEER_SECONDS = 60
@@ -40,7 +40,7 @@ def halved(model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds:
     start = time.process_time()
     slim = export(model, {n: (w + 1) // 2 for n, w in graph.full.items()}, graph=graph)
     with torch.no_grad():
-        call(slim, inputs)
+        call_model(slim, inputs)
     return {"own_seconds": trace_seconds + time.process_time() - start, "own_params": n_params(slim)}
 
 
@@ -88,7 +88,7 @@ def _torch_pruning(model: nn.Module, inputs: Inputs) -> None:
     import torch_pruning
 
     with torch.no_grad():
-        widths = {t.shape[1] for t in flat_tensors((call(model, inputs),)) if t.ndim > 1}
+        widths = {t.shape[1] for t in flat_tensors((call_model(model, inputs),)) if t.ndim > 1}
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     last = [m for m in layers[-2:] if (m.out_features if isinstance(m, nn.Linear) else m.out_channels) in widths]
     pruner = torch_pruning.pruner.BasePruner(
@@ -100,4 +100,4 @@ def _torch_pruning(model: nn.Module, inputs: Inputs) -> None:
     )
     pruner.step()
     with torch.no_grad():
-        call(model, inputs)
+        call_model(model, inputs)

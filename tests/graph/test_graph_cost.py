@@ -61,10 +61,10 @@ def test_sensitivity_is_the_finite_difference(case):
 
 
 @all_cases
-def test_layers_add_up_and_shares_are_shares(case):
+def test_terms_add_up_and_shares_are_shares(case):
     graph = trace(case.model(), case.shape)
     widths = graph.vector()
-    assert sum(graph.cost.layer_macs(widths).values()) == graph.macs()
+    assert graph.cost.macs_polynomial.per_term(widths).sum() == graph.macs() * graph.cost.macs_polynomial.divisor
     assert 0 < graph.cost.searchable_share(widths) <= 1
     assert ((graph.cost.group_share(widths) >= 0) & (graph.cost.group_share(widths) <= 1)).all()
 

@@ -21,7 +21,8 @@ from topologies import (
 from torch import nn
 
 from widthkit.errors import WidthsError
-from widthkit.graph.plan import apply_plan, grow, kept_units, make_plan, take
+from widthkit.graph.plan import apply_plan, kept_units, make_plan, take
+from widthkit.graph.resize import grow
 from widthkit.trace import trace
 
 SHAPE = (2, 3, 8, 8)

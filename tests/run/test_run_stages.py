@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import widthkit as wk
 from widthkit.budget import parse_budget
 from widthkit.errors import BudgetError, CheckpointError, OptionError
-from widthkit.graph.narrow import narrow
 from widthkit.graph.plan import apply_plan
+from widthkit.graph.resize import narrow
 from widthkit.graph.space import bin_sizes, flops_bins
 from widthkit.run.stages import StagePlan, first_beta, next_supernet, run_stages, search_in_stages
 from widthkit.supernet import make_supernet

@@ -191,11 +191,11 @@ def test_what_lies_before_the_first_change_runs_once():
 
 def test_the_bounds_are_those_of_a_count_by_hand():
     net = chain()
-    macs = list(net.graph.cost.layer_macs(net.graph.vector()).values())
+    macs = net.graph.cost.macs_polynomial.per_term(net.graph.vector())
     vectors = steps(net)
     total, behind = 0, 0
     for i, widths in enumerate(vectors):
-        layers = list(net.graph.cost.layer_macs(net.graph.vector(widths)).values())
+        layers = net.graph.cost.macs_polynomial.per_term(net.graph.vector(widths))
         total += sum(layers)
         behind += sum(layers[i:])
     assert bounds(net.graph, vectors) == (total / behind, total / (behind + sum(macs[: len(vectors) - 1])))

@@ -12,7 +12,8 @@ from torch import nn
 
 from widthkit.errors import ModelError, WidthkitError, WidthsError
 from widthkit.export.dense import export
-from widthkit.graph.plan import apply_plan, grow, make_plan
+from widthkit.graph.plan import apply_plan, make_plan
+from widthkit.graph.resize import grow
 from widthkit.trace import trace
 
 SHAPE = (2, 3, 8, 8)

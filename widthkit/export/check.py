@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from widthkit.errors import ExportError, one_line
 from widthkit.modules.clone import clone_with
-from widthkit.trace.inputs import Inputs, Keywords, as_inputs, batch_size, candidates, float_dtype
+from widthkit.trace.inputs import Inputs, Keywords, as_inputs, batch_size, float_dtype, likely_inputs
 from widthkit.train.modes import model_device, training_flags
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}
@@ -192,7 +192,7 @@ def usable_inputs(net: nn.Module, example_inputs: Any) -> Inputs:
     if example_inputs is not None:
         return as_inputs(example_inputs, float_dtype(net))
     failure = "no example input is known"
-    for inputs in candidates(net):
+    for inputs in likely_inputs(net):
         try:
             outputs(net, inputs)
             return inputs

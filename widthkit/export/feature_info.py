@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from widthkit.errors import one_line
 from widthkit.export.check import call_arguments
 from widthkit.modules.clone import meta_clone
-from widthkit.trace.inputs import Inputs, candidates
+from widthkit.trace.inputs import Inputs, likely_inputs
 
 
 def refresh_feature_info(net: nn.Module) -> None:
@@ -29,7 +29,7 @@ def refresh_feature_info(net: nn.Module) -> None:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "num_chs" in row for row in rows):
         return
     failure = "no example input is known"
-    for inputs in candidates(net):
+    for inputs in likely_inputs(net):
         try:
             seen, result = _run_on_meta(net, rows, inputs)
         except Exception as error:  # a model may raise anything on an image size that it does not take

@@ -90,7 +90,7 @@ def _refuse_fetching(name: ModelName, recipe: Path) -> None:
 def _build(name: ModelName, record: SlimRecord, recipe: Path, most: int, *, meta_weights: bool) -> nn.Module:
     try:
         with _parameter_limit(4 * len(record.plan.shapes) + 200):
-            return name.hollow(most) if meta_weights else name.outline(most)
+            return name.with_meta_weights(most) if meta_weights else name.outline(most)
     except (ModelError, MemoryError, RecursionError, OverflowError) as error:
         raise SlimFileError(f"{recipe}: {one_line(error)}") from error
 

@@ -18,7 +18,7 @@ from widthkit.export.schema import FORMAT_VERSION, SlimRecord, checksum, encode_
 from widthkit.files import atomic_write
 from widthkit.graph.plan import apply_plan, check_shapes
 from widthkit.modules.clone import all_names, meta_clone, named_tensors
-from widthkit.modules.models import ModelName, candidates
+from widthkit.modules.models import ModelName, likely_names
 from widthkit.modules.structure import Dense, structure, structure_hash
 from widthkit.version import __version__
 
@@ -102,7 +102,7 @@ def load(path: str | Path, *, allow: Sequence[str] = (), device: str | torch.dev
 
 def _name_of(slim: nn.Module, origin: Origin, given: ModelName | None) -> ModelName:
     """Return the first name that rebuilds exactly this network: the given one, the origin's, or one that fits."""
-    names = [given] if given else [origin.model] if origin.model else list(candidates(slim))
+    names = [given] if given else [origin.model] if origin.model else list(likely_names(slim))
     for name in names:
         try:
             twin = name.outline()

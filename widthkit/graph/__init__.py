@@ -1,4 +1,4 @@
-"""Pure data: channel graph, cost polynomials, the traced run, search space, plan."""
+"""Pure data: channel graph, cost polynomials, the traced run as a program, search space, plan."""
 
 from widthkit.graph.channel_graph import (
     AttributeInfo,

@@ -1,8 +1,8 @@
 """The channel graph: which channels belong together, as pure data without a tensor of the model.
 
-Every dim of every parameter and buffer is a row of *positions*. A position is either fixed or belongs to one *unit*
-(channels that can only be kept or dropped together) of one *channel group* (units that are interchangeable, so that a
-group has a *width*: how many of its units are kept).
+Every dim of every parameter and buffer is a row of *positions*. A position is fixed or belongs to one *unit*: channels
+that can only be kept or dropped together. Units that are interchangeable form a *channel group*. The *width* of a group
+is how many of its units are kept.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ChannelGroup:
 class TensorInfo:
     """Shape and positions of one parameter or buffer; ``dims[d]`` is ``None`` where nothing can be dropped.
 
-    ``transposed`` says that dim 0 of a weight is what it reads and dim 1 what it writes.
+    ``transposed`` says that dim 0 of a weight counts inputs and dim 1 outputs.
     """
 
     name: str
@@ -114,17 +114,17 @@ class AttributeInfo:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """Who is coupled to whom, what is frozen and why, and what every choice of widths costs.
+    """Which channels are coupled, what is frozen and why, and what any widths cost.
 
     Args:
         group_names: Name of every group, in the order of the traced run.
         group_widths: ``[groups]``; units of every group.
         tensors: Every floating-point parameter and buffer.
-        attributes: The Python integers that follow the widths.
+        attributes: The integer attributes of modules that follow the widths.
         frozen: ``"tensor[dim]" -> reason`` for every dim, or part of a dim, that is not searchable.
         cost: Exact MACs and parameters.
-        notes: What the tracer wants people to know.
-        program: Operators and memory of the traced run; ``None`` where two runs differ.
+        notes: Remarks of the tracer for the user.
+        program: Operators and memory of the traced run; ``None`` where two runs differ (a note says why).
     """
 
     group_names: tuple[str, ...]
@@ -137,7 +137,7 @@ class ChannelGraph:
     program: Program | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A read-only mapping can neither be copied nor pickled; it is made again.
+        # The read-only mapping of groups can neither be copied nor pickled. It is computed again.
         return {name: value for name, value in self.__dict__.items() if name != "groups"}
 
     @cached_property
@@ -217,13 +217,13 @@ class ChannelGraph:
             An ``int`` for one width vector, else an int64 array ``[...]``.
 
         Raises:
-            BudgetError: If the model's run is not known at this batch size.
+            BudgetError: If the model does not run at this batch size, or two runs differ.
         """
         return self.memory_model.total(self.vector(widths), batch=batch, dtype=dtype)
 
     @cached_property
     def memory_model(self) -> MemoryModel:
-        """Weights and activations apart, and where the peak is."""
+        """Bytes of weights and of activations, and the call where activations peak."""
         return MemoryModel(self.program, len(self.group_names))
 
     def sensitivity(self, widths: Any = None) -> npt.NDArray[np.float64]:

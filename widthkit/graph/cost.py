@@ -1,8 +1,8 @@
 """Exact cost of every width vector: MACs and parameters are polynomials in the widths.
 
-A layer costs ``scale * in(widths) * out(widths)``; both factors are affine (concatenation adds, flattening
-multiplies, fixed channels are the constant). Values are computed in float64 by one matrix product and are exact:
-every intermediate is an integer below 2**53, which is checked.
+A layer costs ``scale * in(widths) * out(widths)``. Both factors are affine: concatenation adds, flattening multiplies,
+fixed channels are the constant. One matrix product in float64 gives all values. They are exact, since every
+intermediate is an integer below 2**53, which is checked.
 """
 
 from __future__ import annotations
@@ -128,13 +128,6 @@ class CostModel:
     def sensitivity(self, widths: IntArray) -> FloatArray:
         """Return ``[groups]``: d MACs / d width (CafeNet, Eq. 7)."""
         return self.macs_polynomial.gradient(widths)
-
-    def layer_macs(self, widths: IntArray) -> dict[str, int]:
-        """MACs of every module at one width vector, in the order of the traced run."""
-        total: dict[str, float] = {}
-        for term, value in zip(self.macs_polynomial.terms, self.macs_polynomial.per_term(widths), strict=True):
-            total[term.module] = total.get(term.module, 0.0) + float(value)
-        return {name: round(value / self.macs_polynomial.divisor) for name, value in total.items()}
 
     def searchable_share(self, widths: IntArray) -> float:
         """Share of the MACs in layers whose cost depends on at least one width."""

@@ -1,8 +1,8 @@
 """The expected value of a cost polynomial when every group's width is drawn independently.
 
 A product of affine forms is expanded into monomials. Widths of different groups are independent, so the expectation of
-a monomial is the product of its groups' moments: exact, whatever the distributions are, also where a group meets itself
-(a convolution inside a residual trunk costs ``w ** 2``).
+a monomial is the product of its groups' moments. This is exact for all distributions, also where a group occurs
+twice (a convolution inside a residual trunk costs ``w ** 2``).
 """
 
 from __future__ import annotations

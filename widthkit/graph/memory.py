@@ -1,7 +1,7 @@
-"""Memory of every width vector: weights plus the peak of what is alive at once, in closed form.
+"""Memory at any widths, in closed form: weights plus the peak of activations.
 
-Every block of the traced run has a size that is a product of affine functions of the widths, and a first and last call
-at which it is alive. What is alive after a call is a sum of such products; the peak is the largest of these sums.
+The size of every block of the traced run is a product of affine functions of the widths. The bytes alive after a call
+are the sum over the blocks that are alive then. The peak is the largest of these sums.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from widthkit.graph.program import Program, TensorSpec, is_floating, item_size
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 _CHUNK = 1 << 22
-"""Numbers in flight while many width vectors are priced."""
+"""How many sums are computed at a time, so that many width vectors fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MemoryModel:
     """Bytes of a model's weights and activations at any widths.
 
     Args:
-        program: The traced run; ``None`` refuses every question.
+        program: The traced run; with ``None`` every method raises.
         n_groups: How many widths a vector has.
     """
 
@@ -42,7 +42,7 @@ class MemoryModel:
 
     def weights(self, widths: IntArray, *, dtype: str | None = None) -> Any:
         """Bytes of parameters and buffers."""
-        weights, _ = self._sizes(self._known.batch, dtype)
+        weights, _ = self._sizes(self._traced_program.batch, dtype)
         return _whole(weights.bytes(widths).sum(axis=-1))
 
     def activations(self, widths: IntArray, *, batch: int = 1, dtype: str | None = None) -> Any:
@@ -63,15 +63,18 @@ class MemoryModel:
         return np.concatenate(parts).reshape(*widths.shape[:-1], alive.shape[1])
 
     @property
-    def _known(self) -> Program:
+    def _traced_program(self) -> Program:
         if self.program is None:
-            raise BudgetError("memory is not known: two runs of this model call different operators")
+            raise BudgetError(
+                "the memory of this model is not known, because a second run of it differs from the first or fails "
+                "(graph.notes says which); set a budget on MACs or parameters instead"
+            )
         return self.program
 
     def _sizes(self, batch: int, dtype: str | None) -> tuple[_Sizes, _Sizes]:
         key = (batch, dtype)
         if key not in self._products:
-            program = self._known
+            program = self._traced_program
             extra = program.extra(batch)
             weights = _Sizes.of(list(program.weights), [1.0] * len(program.weights), 0, dtype, self.n_groups)
             tensors, shares = [b.tensor for b in program.blocks], [b.share for b in program.blocks]
@@ -80,13 +83,13 @@ class MemoryModel:
 
     @cached_property
     def _points(self) -> tuple[IntArray, FloatArray]:
-        """``(calls [points], alive [blocks, points])``: only calls after which no superset is alive."""
-        program = self._known
-        born = np.array([b.born for b in program.blocks], dtype=np.int64)
-        died = np.array([b.died for b in program.blocks], dtype=np.int64)
+        """Return ``(calls [points], alive [blocks, points])`` for the calls at which the peak may be."""
+        program = self._traced_program
+        first = np.array([b.first_call for b in program.blocks], dtype=np.int64)
+        end = np.array([b.end_call for b in program.blocks], dtype=np.int64)
         calls = np.arange(len(program.calls), dtype=np.int64)
-        alive = (born[:, None] <= calls) & (calls < died[:, None])
-        # Lifetimes are intervals: what is alive after a call without a death before the next birth is a subset.
+        alive = (first[:, None] <= calls) & (calls < end[:, None])
+        # Skip calls whose alive blocks are all alive after the next call, or after the last one kept.
         kept: list[int] = []
         for p in calls.tolist():
             inside_next = p + 1 < len(calls) and not (alive[:, p] & ~alive[:, p + 1]).any()
@@ -99,7 +102,7 @@ class MemoryModel:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of many tensors at once.
+    """Bytes of many tensors.
 
     Args:
         forms: ``[forms, 1 + groups]``: the distinct affine functions.

@@ -1,14 +1,13 @@
-"""From widths to a plan, from a plan to a model: everything is checked on pure data before a tensor moves.
+"""From widths to a plan, and from a plan to a model: everything is checked on pure data before a tensor is copied.
 
-``make_plan`` says which indices of every tensor dim are kept and which Python attributes change; ``apply_plan`` makes
-a new model from it. An index of -1 stands for a channel that does not exist yet (growing).
+``make_plan`` says which indices of every tensor dim are kept and which integer attributes change. ``apply_plan`` makes
+a new model from it. The index -1 stands for a new channel (growing).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from widthkit.errors import WidthsError, close_matches
 from widthkit.graph.channel_graph import ChannelGraph, IntArray, Kept, Positions
+from widthkit.graph.new_channels import initialise_new
 from widthkit.modules.clone import clone_with, named_tensors
 
 KeptUnits = dict[str, IntArray]
@@ -24,12 +24,12 @@ KeptUnits = dict[str, IntArray]
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of every tensor and attribute.
+    """What happens to every tensor and attribute.
 
     Args:
         widths: Group name -> how many units are kept.
         kept: Group name -> the kept units, ascending; units past the group's width are new.
-        tensors: Tensor name -> dim -> indices along that dim; -1 is a new entry. Only dims that change are named.
+        tensors: Tensor name -> dim -> indices along that dim, -1 for a new entry. Unchanged dims are left out.
         attributes: (module, attribute) -> new value.
         shapes: Tensor name -> shape that the plan expects.
     """
@@ -82,17 +82,17 @@ def _units(name: str, value: Any) -> IntArray:
 
 
 def make_plan(graph: ChannelGraph, widths: Kept | None = None) -> Plan:
-    """Say what becomes of every tensor when each group keeps the given units.
+    """Plan what happens to every tensor when each group keeps the given units.
 
     Args:
         graph: The channel graph of the model.
         widths: Group name -> width or kept units; see :func:`kept_units`.
 
     Raises:
-        WidthsError: If the widths do not fit the graph; nothing has changed by then.
+        WidthsError: If the widths do not fit the graph.
     """
     kept = kept_units(graph, widths)
-    table = _Table.of(graph, kept)
+    table = KeptTable.of(graph, kept)
     tensors: dict[str, dict[int, IntArray]] = {}
     for info in graph.tensors.values():
         for dim, positions in enumerate(info.dims):
@@ -108,13 +108,13 @@ def make_plan(graph: ChannelGraph, widths: Kept | None = None) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Kept flags of all units of all groups in one flat array, so that a dim is looked up in one step.
+class KeptTable:
+    """Which units of all groups are kept, in one flat array, so that one lookup answers for a whole dim.
 
     Args:
         flags: ``[sum of widths]``; whether each unit is kept.
         start: ``[groups]``; where each group begins in ``flags``.
-        changed: ``[groups + 1]``; whether a group keeps anything but all its units; the last entry is "fixed".
+        changed: ``[groups + 1]``; whether a group loses or gains units; the last entry stands for fixed positions.
         new: ``[groups]``; how many units each group gains.
         width: ``[groups]``; units of each group.
     """
@@ -126,7 +126,8 @@ class _Table:
     width: IntArray
 
     @classmethod
-    def of(cls, graph: ChannelGraph, kept: KeptUnits) -> _Table:
+    def of(cls, graph: ChannelGraph, kept: KeptUnits) -> KeptTable:
+        """Build the table from the kept units of every group."""
         width = graph.group_widths
         start = np.concatenate([[0], np.cumsum(width)[:-1]]).astype(np.int64) if len(width) else width
         flags = np.zeros(int(width.sum()), dtype=bool)
@@ -140,17 +141,18 @@ class _Table:
         return cls(flags, start, changed, new, width)
 
     def touches(self, positions: Positions) -> bool:
+        """Whether any of these positions belongs to a group that changes."""
         return bool(self.changed[positions.group].any())
 
     def indices(self, positions: Positions) -> IntArray:
-        """Kept positions in their order, with -1 where new units are inserted."""
+        """Return the kept positions in their order, with -1 where new units are inserted."""
         here = self._kept(positions)
         if not self.new.any():
             return here
         return np.array([old for old, _, _ in self._inserted(positions, here)], dtype=np.int64)
 
     def grown(self, positions: Positions) -> Positions:
-        """Positions after growing: every old unit stays and new ones get the ranks past the end."""
+        """Return the positions after the change: kept units keep their ranks, new ones get ranks past the last."""
         entries = self._inserted(positions, self._kept(positions))
         return Positions(
             np.array([g for _, g, _ in entries], dtype=np.int64), np.array([r for _, _, r in entries], dtype=np.int64)
@@ -162,10 +164,10 @@ class _Table:
         return np.flatnonzero(fixed | self.flags[slot]).astype(np.int64)
 
     def _inserted(self, positions: Positions, here: IntArray) -> list[tuple[int, int, int]]:
-        """List ``(old position or -1, group, rank)`` of every position that remains or comes in.
+        """List ``(old position or -1, group, rank)`` of every kept or new position.
 
-        The new units continue every run of positions that the last unit has: after "head 1, entry 63" comes another
-        entry of head 1, after the 49 positions of a flattened channel come 49 new ones.
+        New units follow every run of positions of the last unit. A new entry of head 1 comes after the last entry of
+        head 1; the 49 positions of a new flattened channel come after those of the last channel.
         """
         group, rank = positions.group, positions.rank
         entries = [(int(p), 0, int(p), int(group[p]), int(rank[p])) for p in here]
@@ -177,49 +179,14 @@ class _Table:
         return [(old, g, r) for _, _, old, g, r in sorted(entries, key=lambda entry: entry[:2])]
 
 
-def grow(graph: ChannelGraph, widths: Mapping[str, int]) -> tuple[Plan, ChannelGraph]:
-    """Plan a wider model and return its graph, in which the old units keep their numbers.
-
-    Args:
-        graph: The channel graph of the model.
-        widths: Group name -> width, at least the group's own.
-
-    Returns:
-        The plan for :func:`apply_plan`, and the graph of the model it makes.
-
-    Raises:
-        WidthsError: If a width is below the group's own.
-    """
-    for name, width in widths.items():
-        if name in graph.full and width < graph.full[name]:
-            raise WidthsError(f"group '{name}': cannot grow from {graph.full[name]} to {width} units")
-    plan = make_plan(graph, widths)
-    if not plan.grows:
-        return plan, graph
-    return plan, replace(graph, **resized(graph, kept_units(graph, widths)))
-
-
-def resized(graph: ChannelGraph, kept: KeptUnits) -> dict[str, Any]:
-    """Return the parts of a graph that change when every group keeps its first units, or gains some."""
-    table = _Table.of(graph, kept)
-    tensors = {}
-    for info in graph.tensors.values():
-        dims = tuple(None if p is None else table.grown(p) for p in info.dims)
-        shape = tuple(s if p is None else len(p) for s, p in zip(info.shape, dims, strict=True))
-        tensors[info.name] = replace(info, shape=shape, dims=dims)
-    attributes = tuple(replace(a, positions=table.grown(a.positions)) for a in graph.attributes)
-    vector = np.array([len(kept[name]) for name in graph.group_names], dtype=np.int64)
-    return {"group_widths": vector, "tensors": tensors, "attributes": attributes}
-
-
 def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0, initialise: bool = True) -> nn.Module:
     """Return a new, dense model that the plan describes; the input is untouched.
 
     Args:
         model: The model that the plan's graph was traced from.
         plan: From :func:`make_plan`.
-        seed: Seeds the initial values of new channels; the global random state is left as it was.
-        initialise: Give new channels such values; zeros otherwise, for whoever fills them anyway.
+        seed: TensorLabels the initial values of new channels; the global random state is left as it was.
+        initialise: Give new channels initial values; ``False`` leaves zeros, for callers that load weights.
 
     Raises:
         WidthsError: If the plan was made for a model of other shapes.
@@ -229,7 +196,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0, initialise: bool 
     for (path, name), values in plan.attributes.items():
         set_attribute(slim.get_submodule(path), name, values)
     if plan.grows and initialise:
-        _initialise_new(slim, plan, seed)
+        initialise_new(slim, plan.tensors, seed)
     return slim
 
 
@@ -243,9 +210,9 @@ def check_shapes(model: nn.Module, plan: Plan) -> None:
     for name, shape in plan.shapes.items():
         if name not in own:
             raise WidthsError(f"the plan names '{name}', which {type(model).__name__} does not have; trace this model")
-        # Some models replace tables of theirs while they run; what the plan does not touch may do so.
-        follows = name in plan.tensors or isinstance(own[name], nn.Parameter)
-        if follows and tuple(own[name].shape) != shape:
+        # Some models replace buffers while they run. Buffers that the plan does not change may have any shape.
+        is_checked = name in plan.tensors or isinstance(own[name], nn.Parameter)
+        if is_checked and tuple(own[name].shape) != shape:
             raise WidthsError(
                 f"'{name}' has shape {tuple(own[name].shape)}, the plan expects {shape}; trace this model again"
             )
@@ -281,44 +248,3 @@ def set_attribute(module: nn.Module, name: str, values: Mapping[int | None, int]
             items[element] = value  # type: ignore[index]
         setattr(module, name, type(old)(items))
     return old
-
-
-def _initialise_new(model: nn.Module, plan: Plan, seed: int) -> None:
-    """Give new entries what the module's own ``reset_parameters`` draws, else values drawn from the old entries."""
-    owners = {f"{path}.{key}" if path else key: (m, key) for path, m in model.named_modules() for key in _own(m)}
-    generator = torch.Generator().manual_seed(seed)
-    for name, dims in plan.tensors.items():
-        if not any((index < 0).any() for index in dims.values()):
-            continue
-        module, key = owners[name]
-        tensor = getattr(module, key)
-        if tensor.device.type == "meta":
-            continue
-        old = torch.ones((), dtype=torch.bool)
-        for dim, index in dims.items():
-            shape = [1] * tensor.ndim
-            shape[dim] = -1
-            old = old & torch.from_numpy(index >= 0).reshape(shape)
-        fresh = _fresh(module, key, old, generator)
-        with torch.no_grad():
-            tensor.copy_(torch.where(old.to(tensor.device), tensor, fresh.to(tensor)))
-
-
-def _own(module: nn.Module) -> list[str]:
-    return [*module._parameters, *module._buffers]
-
-
-def _fresh(module: nn.Module, key: str, old: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a tensor of the shape of ``module.key`` to take new entries from; ``old`` marks what is not new."""
-    tensor: Tensor = getattr(module, key)
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset) and not any(list(child.parameters()) for child in module.children()):
-        twin = copy.deepcopy(module).cpu()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-            twin.reset_parameters()  # type: ignore[operator]
-        value: Tensor = getattr(twin, key).detach()
-        return value
-    # Drawn, not modelled: a running variance stays positive and a layer scale stays small.
-    values = tensor.detach().cpu()[old.expand(tensor.shape)]
-    return values[torch.randint(len(values), tensor.shape, generator=generator)]

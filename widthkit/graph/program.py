@@ -1,7 +1,7 @@
-"""The traced run as a program: which operator ran on which shapes, and which blocks of memory were alive when.
+"""The traced run as a program: every operator call with its shapes, and the lifetime of every block of memory.
 
-Pure data without a tensor of the model. Sizes are affine in the widths, so that memory and latency of any widths, at
-any batch size, follow without running the model again.
+A program is pure data without a tensor of the model. Its sizes are affine in the widths. So memory and latency at any
+widths and any batch size follow without running the model again.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Dim:
 
     Args:
         form: ``[1 + groups]``: an affine function of the widths (constant, then slopes).
-        growth: How much every further example adds, as a share of the size in the traced run; 0 where the batch size
-            does not matter.
+        growth: What every further example adds, as a share of the size in the traced run; 0 where the size does not
+            depend on the batch.
     """
 
     form: IntArray
     growth: float = 0.0
 
     def scale(self, extra: int) -> float:
-        """Return the factor at ``extra`` more examples than the traced run had."""
+        """Return the factor on the size for ``extra`` more examples than in the traced run."""
         return 1.0 + self.growth * extra
 
     @property
@@ -49,7 +49,7 @@ class TensorSpec:
     """Shape and type of one tensor of the run.
 
     Args:
-        dims: Its sizes.
+        dims: The size of every dim.
         dtype: Name of the type, such as ``"float32"``.
     """
 
@@ -57,7 +57,7 @@ class TensorSpec:
     dtype: str
 
     def numel(self, widths: IntArray, extra: int = 0) -> FloatArray:
-        """Return ``[...]``: how many numbers it holds at widths ``[..., groups]``."""
+        """Return ``[...]``: how many elements it has at widths ``[..., groups]``."""
         total = np.ones(widths.shape[:-1])
         for dim in self.dims:
             total = total * (dim.scale(extra) * (widths @ dim.form[1:] + dim.form[0]))
@@ -66,7 +66,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for a tensor among the arguments of an operator: its number in :attr:`OpCall.inputs`."""
+    """Replaces a tensor among the arguments of an operator: ``index`` is its number in :attr:`OpCall.inputs`."""
 
     index: int
 
@@ -82,7 +82,7 @@ class OpCall:
         kwargs: Keyword arguments, as sorted pairs.
         inputs: The tensors among the arguments.
         outputs: The tensors that it returned.
-        moves_nothing: It only looks at memory in another way (a view).
+        is_view: Whether it allocates nothing and writes nothing.
     """
 
     module: str
@@ -91,7 +91,7 @@ class OpCall:
     kwargs: tuple[tuple[str, Any], ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    moves_nothing: bool
+    is_view: bool
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,15 @@ class Block:
     """One block of memory.
 
     Args:
-        tensor: What lives in it.
-        born: The first call after which it is alive; 0 where it was there before.
-        died: The first call after which it is not; one past the last call where it survives.
+        tensor: The tensor in it.
+        first_call: The first call after which it is alive; 0 where it existed before the run.
+        end_call: The first call after which it is freed; one past the last call where it survives.
         share: Its bytes over those of the tensor; above 1 where the tensor is a part of it.
     """
 
     tensor: TensorSpec
-    born: int
-    died: int
+    first_call: int
+    end_call: int
     share: float = 1.0
 
 
@@ -120,7 +120,7 @@ class Program:
         blocks: Every block of memory that the run allocated, and its inputs.
         weights: Parameters and buffers, each once.
         batch: Examples of the traced run.
-        batched: Whether the model runs at other batch sizes.
+        batch_error: Why the model does not run at other batch sizes; ``None`` where it does.
         example: The inputs of the run; tensors are replaced by :class:`Slot`.
         inputs: The tensors among the inputs.
     """
@@ -129,26 +129,27 @@ class Program:
     blocks: tuple[Block, ...]
     weights: tuple[TensorSpec, ...]
     batch: int
-    batched: bool
+    batch_error: str | None
     example: tuple[Any, ...] = ()
     inputs: tuple[TensorSpec, ...] = ()
 
     def extra(self, batch: int) -> int:
-        """Return how many examples more than in the traced run a batch has.
+        """Return how many more examples a batch has than the traced run.
 
         Raises:
             BudgetError: If the model does not run at another batch size than it was traced with.
         """
-        if batch != self.batch and not self.batched:
+        if batch != self.batch and self.batch_error is not None:
             raise BudgetError(
-                f"this model was traced at batch size {self.batch} and does not run at {2 * self.batch}, so that its "
-                f"cost at batch={batch} is not known; trace it with example_inputs of that batch size"
+                f"this model was traced at batch size {self.batch} and does not run at {2 * self.batch} "
+                f"({self.batch_error}), so its cost at batch={batch} is not known; trace it with example_inputs of "
+                "that batch size"
             )
         return batch - self.batch
 
 
 def item_size(dtype: str) -> int:
-    """Bytes of one number.
+    """Bytes of one element.
 
     >>> item_size("float32"), item_size("bfloat16"), item_size("int64"), item_size("bool")
     (4, 2, 8, 1)
@@ -157,7 +158,7 @@ def item_size(dtype: str) -> int:
 
 
 def is_floating(dtype: str) -> bool:
-    """Whether numbers of this type follow ``model.to(dtype)``."""
+    """Whether ``model.to(dtype)`` converts tensors of this type."""
     return dtype.startswith(("float", "bfloat"))
 
 
@@ -179,8 +180,8 @@ _ITEM_SIZES = {
 }
 
 
-def fixed(sizes: Sequence[int], n_groups: int, dtype: str) -> TensorSpec:
-    """Return a tensor that no width changes."""
+def fixed_tensor(sizes: Sequence[int], n_groups: int, dtype: str) -> TensorSpec:
+    """Return the specification of a tensor that no width changes."""
     forms = []
     for size in sizes:
         form = np.zeros(1 + n_groups, dtype=np.int64)

@@ -17,7 +17,8 @@ import numpy as np
 from widthkit.errors import OptionError, WidthsError, close_matches
 from widthkit.graph.channel_graph import ChannelGraph, IntArray
 
-Limit = int | float | str
+WidthLimit = int | float | str
+"""A bound on widths: an int in units, or a ratio of the group's width as a float or text such as ``"0.5x"``."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SearchSpace:
     """The product of all groups' choices.
 
     Args:
-        graph: Prices every width vector.
+        graph: The channel graph of the model.
         groups: One entry per group, in the graph's order.
         divisor: Widths are multiples of this, except the widest of a group and the model's own.
 
@@ -123,8 +124,8 @@ def uniform_space(
     graph: ChannelGraph,
     k: int = 20,
     *,
-    min_width: Limit = 1,
-    max_width: Limit = "1x",
+    min_width: WidthLimit = 1,
+    max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
 ) -> SearchSpace:
@@ -155,8 +156,8 @@ def flops_bins(
     graph: ChannelGraph,
     beta: float = 1.0,
     *,
-    min_width: Limit = 1,
-    max_width: Limit = "1x",
+    min_width: WidthLimit = 1,
+    max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
 ) -> SearchSpace:
@@ -205,7 +206,7 @@ def bin_sizes(graph: ChannelGraph, beta: float = 1.0) -> IntArray:
     sensitivity = graph.sensitivity()
     if not len(sensitivity):
         return np.zeros(0, dtype=np.int64)
-    sizes = np.full(len(sensitivity), np.inf)  # a group that costs no MACs is one bin
+    sizes = np.full(len(sensitivity), np.inf)  # a group without MACs is one bin
     np.divide(beta * sensitivity.max(), sensitivity, out=sizes, where=sensitivity > 0)
     clipped = np.clip(np.rint(np.minimum(sizes, graph.group_widths)), 1, graph.group_widths)
     return np.asarray(clipped, dtype=np.int64)
@@ -214,8 +215,8 @@ def bin_sizes(graph: ChannelGraph, beta: float = 1.0) -> IntArray:
 def _space(
     graph: ChannelGraph,
     steps: Callable[[int, int], Iterable[float]],
-    min_width: Limit,
-    max_width: Limit,
+    min_width: WidthLimit,
+    max_width: WidthLimit,
     divisor: int,
     fixed: Mapping[str, int],
 ) -> SearchSpace:
@@ -247,7 +248,7 @@ def _fixed_width(name: str, width: Any, widest: int) -> int:
     return int(width)
 
 
-def resolve_limit(limit: Limit, width: int) -> int:
+def resolve_limit(limit: WidthLimit, width: int) -> int:
     """Turn a limit into units: an int as it is (at most the width), a float or ``"0.5x"`` as a ratio of the width.
 
     >>> resolve_limit("1.5x", 64), resolve_limit(0.25, 64), resolve_limit(8, 64), resolve_limit("8", 4)

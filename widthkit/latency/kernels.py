@@ -104,7 +104,7 @@ def kernel_uses(program: Program, conditions: Conditions) -> list[KernelUse]:
     extra = program.extra(conditions.batch)
     found: dict[tuple[str, bytes], KernelUse] = {}
     for call in program.calls:
-        if call.moves_nothing or not any(is_floating(t.dtype) for t in call.inputs):
+        if call.is_view or not any(is_floating(t.dtype) for t in call.inputs):
             continue  # views and constants: their time belongs to the overhead that whole networks show
         use = _use(call, conditions, extra)
         key = use.kernel.key, use.forms.tobytes()

@@ -17,7 +17,7 @@ from widthkit.graph.program import Program, Slot, TensorSpec, is_floating
 from widthkit.latency.conditions import Conditions
 from widthkit.latency.kernels import Kernel, argument_names, find_operator, operator_schema
 from widthkit.latency.timing import interleaved, keep_pages
-from widthkit.trace.recorder import call as call_model
+from widthkit.trace.recorder import call_model
 
 _BATCH_SECONDS = 1e-3
 """Duration of one batch of calls: long against the clock's resolution, short against a scheduler's time slice."""

@@ -1,1 +1,1 @@
-"""Modules as such: copies, names, merging blocks."""
+"""Modules as such: copies, structure, branches that merge, models by name."""

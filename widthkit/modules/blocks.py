@@ -1,6 +1,7 @@
-"""Blocks whose branches merge into one convolution, so that every layer is free in its width (PaS, Fig. 2 d-g).
+"""Blocks whose branches merge into one convolution, so that every layer has its own width (PaS, Fig. 2 d-g).
 
-A residual connection over one convolution helps training and costs nothing afterwards: the identity is a kernel, too.
+A residual connection over one convolution helps training and costs nothing in the merged network, because an identity
+is a convolution as well.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 
 class ResidualConv(nn.Module):
-    """A convolution with batch norm, an identity around it where shapes allow, and an activation.
+    """A convolution with batch norm, an identity branch where shapes allow it, and an activation.
 
     Args:
         in_channels: Channels in.
         out_channels: Channels out.
         kernel_size: Odd; the padding keeps the size.
-        stride: Stride; the identity needs 1.
+        stride: Stride; only stride 1 has an identity branch.
         groups: Groups; equal to the channels for a depthwise convolution.
         act: The activation's class, or ``None``.
 
@@ -52,7 +53,7 @@ class ResidualConv(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """Return the convolution (and activation) that computes the same with the running statistics."""
+        """Return a convolution and the activation, which compute the same as this block in eval mode."""
         old, norm = self.conv, self.bn
         assert norm.running_var is not None
         assert norm.running_mean is not None
@@ -70,7 +71,7 @@ class ResidualConv(nn.Module):
 
 
 def residual_separable(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
-    """A depthwise and a 1x1 convolution, each with an identity of its own (PaS's light block)."""
+    """Return a depthwise and a 1x1 convolution, each with its own identity branch (PaS's light block)."""
     return nn.Sequential(
         ResidualConv(in_channels, in_channels, kernel_size, stride, groups=in_channels),
         ResidualConv(in_channels, out_channels, 1),

@@ -1,4 +1,4 @@
-"""Copies of a model that the tracer may run and change: on the meta device (no memory, no arithmetic) or real."""
+"""Copies of a model: on the meta device (no memory, no arithmetic) or with values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def all_names(model: nn.Module) -> dict[str, list[str]]:
-    """Return first name -> all names, so that shared tensors are known by every name they have."""
+    """Return first name -> all names of every parameter and buffer; shared tensors have several."""
     first: dict[int, str] = {}
     names: dict[str, list[str]] = {}
     pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -33,7 +33,11 @@ def all_names(model: nn.Module) -> dict[str, list[str]]:
 def clone_with(model: nn.Module, make: TensorMap) -> nn.Module:
     """Deep-copy a model, replacing every parameter and buffer by ``make(name, tensor)``.
 
-    The input is untouched and no tensor is copied twice. Gradients are not copied.
+    The input stays as it is. Shared tensors stay shared. Gradients are not copied.
+
+    Args:
+        model: The model to copy.
+        make: Gets the first name and the tensor, and returns the tensor of the copy.
 
     Raises:
         ModelError: If the model cannot be deep-copied.
@@ -43,18 +47,18 @@ def clone_with(model: nn.Module, make: TensorMap) -> nn.Module:
         for name, tensor in named_tensors(model).items():
             new = make(name, tensor)
             memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-    _foresee_empty(model, memo)
+    _copy_empty_dicts(model, memo)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "widthkit works on copies so that your model stays as it is"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); widthkit works on copies, "
+            "so make copy.deepcopy(model) work first"
         ) from error
 
 
-def _foresee_empty(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy the empty dictionaries of modules here; every module has a dozen, and ``deepcopy`` takes long over each."""
+def _copy_empty_dicts(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the empty dictionaries of modules, a dozen in each, because ``deepcopy`` is slow on them."""
     for module in model.modules():
         for value in vars(module).values():
             if type(value) in (dict, OrderedDict) and not value:
@@ -62,7 +66,7 @@ def _foresee_empty(model: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def meta_clone(model: nn.Module) -> nn.Module:
-    """Copy a model to the meta device; plain tensor attributes of its modules move along."""
+    """Copy a model to the meta device, plain tensor attributes of its modules included."""
     clone = clone_with(model, lambda _, t: t.detach().to("meta"))
     for module in clone.modules():
         for key, value in list(vars(module).items()):

@@ -1,8 +1,8 @@
-"""Blocks with several branches that merge into one layer: train the branches, ship the layer.
+"""Blocks with several branches that merge into one layer: train the branches, export the layer.
 
-A block says how it merges by ``fuse()`` (returns the merged module), ``reparameterize()`` or ``switch_to_deploy()``
-(change it in place), as timm's :func:`~timm.utils.reparameterize_model` expects: timm's own (RepVGG, MobileOne,
-FastViT...), those of :mod:`widthkit.modules.blocks`, and yours.
+A block merges by ``fuse()``, which returns the merged module, or by ``reparameterize()`` or ``switch_to_deploy()``,
+which change it in place. timm's :func:`~timm.utils.reparameterize_model` calls these methods. timm's own blocks have
+them (RepVGG, MobileOne, FastViT...), and so do those of :mod:`widthkit.modules.blocks`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def merges(module: nn.Module) -> bool:
 def merging_module(model: nn.Module, path: str) -> str | None:
     """Return the path of the innermost block that merges and holds ``path``, or ``None``.
 
-    ``path`` may be one of the merged network, which the model does not have.
+    ``path`` may belong to the merged network and be missing from the model.
     """
     modules = dict(model.named_modules())
     parts = path.split(".") if path else []
@@ -37,7 +37,7 @@ def merging_module(model: nn.Module, path: str) -> str | None:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Return a copy in which every block is merged, in eval mode: it computes what the model does in eval mode.
+    """Return a copy with every block merged, in eval mode; it computes what the model computes in eval mode.
 
     Raises:
         ModelError: If there is nothing to merge, or a block cannot be.
@@ -50,21 +50,24 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if not any(merges(module) for module in model.modules()):
         raise ModelError(f"{type(model).__name__} has no block with fuse(), reparameterize() or switch_to_deploy()")
-    # The walk looks at children only, so the model itself becomes one.
+    # reparameterize_model visits children only, so the model itself must be a child.
     outer = nn.Sequential(real_clone(model).eval())
-    hollow = any(p.is_meta for p in model.parameters())
-    for block in [m for m in outer.modules() if merges(m)] if hollow else []:
-        # Its weights have no values; then what stands beside them needs none either.
+    on_meta = any(p.is_meta for p in model.parameters())
+    for block in [m for m in outer.modules() if merges(m)] if on_meta else []:
+        # Its weights are on the meta device, so its other tensors move there, too.
         block.to("meta")
     try:
         with torch.no_grad():
             reparameterize_model(outer, inplace=True)
     except Exception as error:
-        raise ModelError(f"{type(model).__name__} cannot be merged: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"{type(model).__name__} cannot be merged ({type(error).__name__}: {error}); correct the method that "
+            "merges its blocks, or build it without merged=True"
+        ) from error
     merged: nn.Module = outer[0]
-    # A block made new layers, in torch's default precision and on the CPU.
+    # Merging makes new layers in torch's default precision, on the CPU.
     first = next(model.parameters())
-    if hollow:
+    if on_meta:
         merged.to(first.dtype)
     else:
         merged.to(first.device, first.dtype)

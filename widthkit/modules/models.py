@@ -14,9 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from widthkit.errors import ModelError, close_matches
-from widthkit.modules.clone import named_tensors
 from widthkit.modules.merging import merge
-from widthkit.modules.structure import architecture, plain_attributes, remember_image_size, structure
+from widthkit.modules.structure import architecture, remember_image_size
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,10 @@ class ModelName:
         return create_model(self.name, **self.kwargs)
 
     def outline(self, most: int | None = None) -> nn.Module:
-        """Build the model without memory for its weights and without drawing random numbers.
+        """Build the model on the meta device: without memory for its weights and without drawing random numbers.
 
         Args:
-            most: Where the layout needs real tensors, refuse to make one of more numbers than this.
+            most: Where the factory computes with real tensors, refuse to make one with more elements than this.
 
         Raises:
             ModelError: As :meth:`build`.
@@ -47,12 +46,15 @@ class ModelName:
                 with torch.device("meta"):
                     return self.build()
             except ModelError:
-                # Some models compute their layout with tensors, which must be real then.
+                # Some factories compute the layout with tensors, which must be real.
                 with _EmptyOnMeta(most):
                     return self.build()
 
-    def hollow(self, most: int | None = None) -> nn.Module:
-        """Build the model with its weights on the meta device and everything that was computed in place.
+    def with_meta_weights(self, most: int | None = None) -> nn.Module:
+        """Build the model with its weights on the meta device, and with real tensors that its factory computes.
+
+        Args:
+            most: Refuse to make a real tensor with more elements than this.
 
         Raises:
             ModelError: As :meth:`build`.
@@ -62,10 +64,10 @@ class ModelName:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Puts only what nobody has filled yet, the weights of layers, on the meta device.
+    """Puts tensors without values (``torch.empty``: the weights of layers) on the meta device.
 
     Args:
-        most: Refuse to make a real tensor of more numbers than this.
+        most: Refuse to make a real tensor with more elements than this.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -77,7 +79,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         if self._most is not None and func in _MAKERS:
             size = func(*args, **{**kwargs, "device": "meta"}).numel()
             if size > self._most:
-                raise ModelError(f"the model computes a tensor of {size} numbers, more than its file can need")
+                raise ModelError(f"the model computes a tensor of {size} elements, more than its file can need")
         return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
 
 
@@ -102,7 +104,7 @@ def create_model(name: str, /, *, pretrained: bool = False, merged: bool = False
     factory = _factory(name, pretrained)
     try:
         with warnings.catch_warnings():
-            # GoogLeNet and Inception warn about a default of their own that nobody here relies on.
+            # GoogLeNet and Inception warn that their default initialisation will change.
             warnings.filterwarnings("ignore", message="The default weight initialization", category=FutureWarning)
             model = factory(**kwargs)
     except Exception as error:
@@ -116,7 +118,7 @@ def create_model(name: str, /, *, pretrained: bool = False, merged: bool = False
 
 
 def _image_size(name: str) -> int | None:
-    """Side length of the images that torchvision's default weights of a classifier were trained for."""
+    """Return the side length of the images that torchvision's default weights of a classifier were trained on."""
     from torchvision import models
 
     weights = models.get_model_weights(name)
@@ -144,9 +146,9 @@ def _torchvision_factory(name: str, pretrained: bool) -> Callable[..., Any]:
     builder = models.get_model_builder(name)
     if pretrained:
         return lambda **kwargs: builder(weights="DEFAULT", **kwargs)
-    # Detection and segmentation models fetch backbone weights unless told not to.
-    quiet = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
-    return lambda **kwargs: builder(weights=None, **{**quiet, **kwargs})
+    # Detection and segmentation models download backbone weights by default.
+    no_download = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    return lambda **kwargs: builder(weights=None, **{**no_download, **kwargs})
 
 
 def _timm_factory(name: str, pretrained: bool) -> Callable[..., Any]:
@@ -165,7 +167,7 @@ def _own_factory(name: str, pretrained: bool) -> Callable[..., Any]:
             target = getattr(target, part)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ModelError(f"unknown model '{name}': {_line(error)}") from error
-    except Exception as error:  # a module of the user's may raise anything while it is imported
+    except Exception as error:  # a user's module may raise anything while it is imported
         raise ModelError(f"{module_name} cannot be imported: {type(error).__name__}: {_line(error)}") from error
     if not callable(target):
         raise ModelError(f"'{name}' is a {type(target).__name__}, not a factory that returns a model")
@@ -177,37 +179,14 @@ def _line(error: Exception) -> str:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images a model expects: those of its first 2-D convolution, three without one."""
+    """Return the channels of the images a model expects: those of its first 2-D convolution, three without one."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return int(module.in_channels)
     return 3
 
 
-def identify(model: nn.Module) -> ModelName | None:
-    """Find the name and arguments that rebuild a torchvision or timm model, or ``None``.
-
-    A candidate counts only if it has the same modules with the same settings and tensors of the same shapes.
-    """
-    for candidate in candidates(model):
-        try:
-            twin = candidate.outline()
-        except ModelError:
-            continue
-        if same_structure(model, twin):
-            return candidate
-    return None
-
-
-def same_structure(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two models have the same modules, settings, plain attributes, and tensor shapes."""
-    if structure(a) != structure(b) or plain_attributes(a) != plain_attributes(b):
-        return False
-    shapes_a = {n: tuple(t.shape) for n, t in named_tensors(a).items()}
-    return shapes_a == {n: tuple(t.shape) for n, t in named_tensors(b).items()}
-
-
-def candidates(model: nn.Module) -> Iterator[ModelName]:
+def likely_names(model: nn.Module) -> Iterator[ModelName]:
     """Yield the names and arguments under which a model may have been built, likely ones first."""
     kwargs: dict[str, Any] = {}
     classes = _num_classes(model)
@@ -220,13 +199,15 @@ def candidates(model: nn.Module) -> Iterator[ModelName]:
         yield ModelName(f"timm/{name}", {**kwargs, "in_chans": channels})
         yield ModelName(f"timm/{name}", {"features_only": True})
         yield ModelName(f"timm/{name}", {**kwargs, "merged": True})
-    # GoogLeNet and Inception have these; their pretrained weights set both.
-    flags = {flag: getattr(model, flag) for flag in ("aux_logits", "transform_input") if hasattr(model, flag)}
+    # Arguments of GoogLeNet and Inception, which their pretrained weights set as well.
+    flags: dict[str, Any] = {
+        flag: vars(model)[flag] for flag in ("aux_logits", "transform_input") if flag in vars(model)
+    }
     if type(model).__module__.startswith("torchvision."):
         for builder in _torchvision_builders(type(model)):
             yield ModelName(f"torchvision/{builder}", kwargs)
             if not kwargs or type(model).__module__.count(".") > 2:
-                # Classifiers take num_classes; what lives deeper (detection, flow) may count or name them differently.
+                # Models in subpackages (detection, flow) may count or name their classes differently.
                 yield ModelName(f"torchvision/{builder}", {})
             if flags:
                 yield ModelName(f"torchvision/{builder}", {**kwargs, **flags})

@@ -1,4 +1,4 @@
-"""A model's structure as text: what tells two models apart although their tensors have equal shapes."""
+"""A model's structure as text: it tells models apart whose tensors have the same shapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def structure_hash(model_structure: Structure) -> str:
 
 
 def plain_attributes(model: nn.Module) -> dict[tuple[str, str], str]:
-    """What a module keeps beside its settings: flags, rates and functions that its forward may look at."""
+    """Return the attributes that a module's forward may read: flags, rates, sizes and functions."""
     return {
         (path, key): getattr(value, "__qualname__", None) or repr(value)
         for path, module in model.named_modules()
@@ -50,13 +50,13 @@ def architecture(model: nn.Module) -> str | None:
 
 
 def remember_image_size(model: nn.Module, size: int | None) -> None:
-    """Note the side length of images that a model was designed for; timm's models say it themselves."""
+    """Store the side length of images that a model was designed for; timm's models have it in their metadata."""
     if size is not None:
         model.__dict__["_widthkit_image_size"] = size
 
 
 def image_size(model: nn.Module) -> int | None:
-    """Side length of the images that a model was designed for, where somebody said it."""
+    """Return the side length of images that a model was designed for; ``None`` where nothing says so."""
     for name in ("_widthkit_image_size", "image_size"):
         size = getattr(model, name, None)
         if isinstance(size, int):
@@ -66,7 +66,7 @@ def image_size(model: nn.Module) -> int | None:
 
 @dataclass(frozen=True)
 class Dense:
-    """What a dense model is recognised by.
+    """What identifies a dense model.
 
     Args:
         structure: Its modules with their settings.

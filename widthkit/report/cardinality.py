@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from widthkit.files import atomic_write
 from widthkit.graph import FloatArray, IntArray
-from widthkit.graph.space import Limit, SearchSpace, resolve_limit, uniform_space
+from widthkit.graph.space import SearchSpace, WidthLimit, resolve_limit, uniform_space
 from widthkit.report.png import png_bytes
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import Strategy
@@ -62,7 +62,9 @@ class _RoundRobinSpace(SearchSpace):
         return {g.name: g.options[(step // 2 + draw) % len(g.options)] for g in self.groups}
 
 
-def count_cardinality(strategy: Strategy, width: int = 12, min_width: Limit = 1, *, min_steps: int = 72) -> Cardinality:
+def count_cardinality(
+    strategy: Strategy, width: int = 12, min_width: WidthLimit = 1, *, min_steps: int = 72
+) -> Cardinality:
     """Run a layer at every width, and through training steps, and count which channels the gradients reach.
 
     Args:
@@ -132,7 +134,7 @@ def _batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_cardinality(
-    strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 12, base: Limit = "0.25x"
+    strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 12, base: WidthLimit = "0.25x"
 ) -> None:
     """Draw the cardinalities of several strategies, over all widths and over those from a base width up.
 
@@ -144,7 +146,7 @@ def draw_cardinality(
     """
     from matplotlib.figure import Figure
 
-    ranges: Sequence[Limit] = (1, resolve_limit(base, width))
+    ranges: Sequence[WidthLimit] = (1, resolve_limit(base, width))
     figure = Figure(figsize=(1 + 2.6 * len(strategies), 8.8), layout="constrained")
     axes = figure.subplots(4, len(strategies), squeeze=False, sharey="row")
     n_paths = 1

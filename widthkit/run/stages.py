@@ -17,8 +17,8 @@ from widthkit.budget import Budget
 from widthkit.errors import OptionError
 from widthkit.export import export
 from widthkit.graph import ChannelGraph
-from widthkit.graph.narrow import narrow
-from widthkit.graph.space import Limit, SearchSpace, flops_bins, resolve_limit
+from widthkit.graph.resize import narrow
+from widthkit.graph.space import SearchSpace, WidthLimit, flops_bins, resolve_limit
 from widthkit.search.near_budget import BAND
 from widthkit.search.result import SearchResult
 from widthkit.supernet import Supernet
@@ -70,7 +70,7 @@ class StagePlan:
     stages: int = 3
     alpha: float = 2.0
     beta: float = 1.0
-    min_width: Limit = 1
+    min_width: WidthLimit = 1
     divisor: int = 1
     fixed: Mapping[str, int] | None = None
 
@@ -235,8 +235,8 @@ def search_in_stages(
     epochs: int = 10,
     strategy: str | Strategy = "bc",
     searcher: str = "greedy",
-    min_width: Limit = 1,
-    max_width: Limit = "1x",
+    min_width: WidthLimit = 1,
+    max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
     seed: int = 0,

@@ -11,7 +11,7 @@ from widthkit.budget import Budget, Limit, show_count
 from widthkit.graph.plan import apply_plan
 from widthkit.latency.measure import example_inputs, placed
 from widthkit.supernet import Supernet
-from widthkit.trace.watch import watch
+from widthkit.trace.lifetimes import record_lifetimes
 
 _DRIFT = 0.1
 """How far the model itself may be from its prediction before people are told."""
@@ -51,12 +51,12 @@ def peak_memory(network: nn.Module, limit: Limit, net: Supernet) -> int:
     """Run a network and return the bytes of its weights and of the largest set of blocks alive at once."""
     program = net.graph.program
     assert program is not None
-    seen = watch(placed(network, limit.conditions), example_inputs(program, limit.conditions))
-    end = len(seen.names)
+    lifetimes = record_lifetimes(placed(network, limit.conditions), example_inputs(program, limit.conditions))
+    end = len(lifetimes.names)
     alive = [0] * (end + 1)
-    for block in seen.blocks:
-        alive[block.born] += block.n_bytes
-        alive[end if block.died is None else block.died] -= block.n_bytes
+    for block in lifetimes.blocks:
+        alive[block.first_call] += block.n_bytes
+        alive[end if block.end_call is None else block.end_call] -= block.n_bytes
     peak = now = 0
     for change in alive[:end]:
         now += change

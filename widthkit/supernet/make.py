@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from widthkit.errors import TraceError
 from widthkit.graph import ChannelGraph
-from widthkit.graph.space import Limit, SearchSpace, make_space
+from widthkit.graph.space import SearchSpace, WidthLimit, make_space
 from widthkit.modules.merging import merge
 from widthkit.supernet.ranking import Scores, unit_scores
 from widthkit.supernet.strategy import Strategy, make_strategy
@@ -26,8 +26,8 @@ def make_supernet(
     space: SearchSpace | None = None,
     k: int = 20,
     bins: float | None = None,
-    min_width: Limit = 1,
-    max_width: Limit = "1x",
+    min_width: WidthLimit = 1,
+    max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
     freeze: Sequence[str] = (),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from widthkit.errors import OptionError, WidthsError
 from widthkit.graph import ChannelGraph, IntArray, Kept
-from widthkit.graph.plan import Plan, apply_plan, grow, kept_units, make_plan
+from widthkit.graph.plan import Plan, apply_plan, kept_units, make_plan
+from widthkit.graph.resize import grow
 from widthkit.graph.space import SearchSpace
 from widthkit.modules.clone import real_clone
 from widthkit.modules.merging import merge

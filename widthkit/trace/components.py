@@ -1,4 +1,4 @@
-"""From ties to units: connected components, and the alternatives that leave the most units free."""
+"""Solve for units: connected components of the ties, and for every choice the alternative that leaves most free."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from scipy.sparse.csgraph import connected_components
 
 from widthkit.trace.labels import Alternative, Labels, LabelStore, unique
 
-_FEW = 4096
-"""Up to so many nodes and ties are joined without a sparse matrix."""
+_SMALL = 4096
+"""Below so many nodes and ties no sparse matrix is built."""
 
 
 @dataclass
@@ -22,8 +22,8 @@ class Components:
 
     Args:
         unit: ``[labels]``; the component of every label.
-        why: ``[components]``; the index of the reason why a component is frozen, -1 for the free.
-        reasons: In words.
+        why: ``[components]``; the index in ``reasons`` of why a component is frozen, -1 where it is free.
+        reasons: Reasons in words.
         taken: For every choice of the store, the index of the alternative that was taken.
     """
 
@@ -38,7 +38,7 @@ class Components:
         return self.why >= 0
 
     def reason(self, component: int) -> str | None:
-        """Say why a component is frozen; ``None`` for a free one."""
+        """Return why a component is frozen; ``None`` for a free one."""
         number = int(self.why[component])
         return self.reasons[number] if number >= 0 else None
 
@@ -54,14 +54,14 @@ def connect(n: int, ties: Sequence[tuple[Labels, Labels]]) -> Labels:
         return np.arange(n, dtype=np.int64)
     rows = np.concatenate([a for a, _ in ties])
     cols = np.concatenate([b for _, b in ties])
-    if len(rows) + n < _FEW:
-        return _connect_few(n, rows, cols)
+    if len(rows) + n < _SMALL:
+        return _connect_small(n, rows, cols)
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(n, n))
     return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
-def _connect_few(n: int, rows: Labels, cols: Labels) -> Labels:
-    """Hand the least number on along ties, by leaps; a fraction of what a sparse matrix costs to set up."""
+def _connect_small(n: int, rows: Labels, cols: Labels) -> Labels:
+    """Propagate the least number along ties, with pointer jumping; far cheaper than building a sparse matrix."""
     root = np.arange(n, dtype=np.int64)
     while True:
         left, right = root[rows], root[cols]
@@ -70,17 +70,17 @@ def _connect_few(n: int, rows: Labels, cols: Labels) -> Labels:
         least = np.minimum(left, right)
         np.minimum.at(root, left, least)
         np.minimum.at(root, right, least)
-        leap = root[root]
-        while not np.array_equal(leap, root):
-            root, leap = leap, leap[leap]
+        jumped = root[root]
+        while not np.array_equal(jumped, root):
+            root, jumped = jumped, jumped[jumped]
 
 
 def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Components:
-    """Settle all choices in the order of the run and return the units; nothing is solved twice in a row.
+    """Decide all choices in the order of the run and return the units; the last result is reused if nothing changed.
 
     Args:
         store: What the run recorded.
-        forced: Index of a choice -> index of the alternative to take there, whatever it leaves free.
+        forced: Index of a choice -> index of the alternative to take there.
     """
     state = store.state, tuple(sorted((forced or {}).items()))
     if store.solved is None or store.solved[0] != state:
@@ -92,32 +92,32 @@ def solve(store: LabelStore, forced: Mapping[int, int] | None = None) -> Compone
 def _solve(store: LabelStore, forced: Mapping[int, int]) -> Components:
     unit = connect(store.size, store.ties)
     reasons = [reason for _, reason in store.freezes]
-    forest = _Forest(unit, np.full(int(unit.max()) + 1, -1, dtype=np.int64))
+    sets = _UnionFind(unit, np.full(int(unit.max()) + 1, -1, dtype=np.int64))
     for number in reversed(range(len(reasons))):
-        forest.why[unit[store.freezes[number][0]]] = number
+        sets.why[unit[store.freezes[number][0]]] = number
     taken = []
     for number, choice in enumerate(store.choices):
-        options = [_Option.of(alternative, forest) for alternative in choice.alternatives]
+        options = [_Option.of(alternative, sets) for alternative in choice.alternatives]
         pick = forced.get(number)
         if pick is None:
-            pick = _best(options, forest)
+            pick = _best(options, sets)
         taken.append(pick)
-        _take(options[pick], forest, len(reasons))
+        _take(options[pick], sets, len(reasons))
         reason = f"{choice.where}: kept whole so that '{choice.alternatives[pick].name}' can vary"
         reasons += [reason] * len(options[pick].freezes)
-    unit = forest.roots(np.arange(len(forest.why)))[unit]
-    present = np.zeros(len(forest.why), dtype=bool)
+    unit = sets.roots(np.arange(len(sets.why)))[unit]
+    present = np.zeros(len(sets.why), dtype=bool)
     present[unit] = True
-    return Components((np.cumsum(present) - 1)[unit], forest.why[present], reasons, taken)
+    return Components((np.cumsum(present) - 1)[unit], sets.why[present], reasons, taken)
 
 
-class _Forest:
-    """Components that are joined one choice after another, without looking at those that a choice does not touch.
+class _UnionFind:
+    """Components that are joined choice by choice, at a cost that depends on the joined ones only.
 
     Args:
         unit: ``[labels]``; the component of every label at the start.
-        why: ``[components]``; the index of the reason why a component is frozen, -1 for the free. That of the
-            component whose number a joined one bears counts.
+        why: ``[components]``; the index of the reason why a component is frozen, -1 where it is free. After a join
+            only the root's entry is valid.
     """
 
     def __init__(self, unit: Labels, why: Labels) -> None:
@@ -126,11 +126,11 @@ class _Forest:
         self._parent = np.arange(len(why), dtype=np.int64)
 
     def of(self, labels: Labels) -> Labels:
-        """Return the component of every label now."""
+        """Return the root of every label's component."""
         return self.roots(self.unit[labels])
 
     def roots(self, components: Labels) -> Labels:
-        """Return what components have been joined into."""
+        """Return the root of every component; paths are compressed."""
         found = self._parent[components]
         further = self._parent[found]
         if not np.array_equal(found, further):
@@ -140,7 +140,7 @@ class _Forest:
         return found
 
     def join(self, components: Labels, into: Labels) -> None:
-        """Let each of the components bear another one's number."""
+        """Make ``into[i]`` the root of ``components[i]``."""
         self._parent[components] = into
 
 
@@ -152,37 +152,37 @@ class _Option:
     freezes: list[Labels]
 
     @classmethod
-    def of(cls, alternative: Alternative, forest: _Forest) -> _Option:
-        ties = [(forest.of(a), forest.of(b)) for a, b in alternative.ties if a.size]
-        return cls(ties, [forest.of(labels) for labels in alternative.freezes])
+    def of(cls, alternative: Alternative, sets: _UnionFind) -> _Option:
+        ties = [(sets.of(a), sets.of(b)) for a, b in alternative.ties if a.size]
+        return cls(ties, [sets.of(labels) for labels in alternative.freezes])
 
 
-def _best(options: Sequence[_Option], forest: _Forest) -> int:
-    """Count the units that every alternative leaves free among all labels that the choice touches.
+def _best(options: Sequence[_Option], sets: _UnionFind) -> int:
+    """Return the option that leaves the most units free among all that the choice touches; the first of equals.
 
-    Only free units are joined: what meets a frozen one is stuck, and there may be millions of these.
+    Only free units are joined. What is tied to a frozen unit is frozen as well, and there may be millions of these.
     """
-    why = forest.why
+    why = sets.why
     touched = [side for option in options for tie in option.ties for side in tie]
     touched += [units for option in options for units in option.freezes]
     involved, place = _numbered([units[why[units] < 0] for units in touched], len(why))
-    free = []
+    n_free = []
     for option in options:
-        joined, stuck = [], list(option.freezes)
+        joined, frozen = [], list(option.freezes)
         for a, b in option.ties:
             both = (why[a] < 0) & (why[b] < 0)
             joined.append((place(a[both]), place(b[both])))
-            stuck += [a[~both], b[~both]]
+            frozen += [a[~both], b[~both]]
         merged = connect(len(involved), joined)
-        is_stuck = np.zeros(merged.max(initial=-1) + 1, dtype=bool)
-        for units in stuck:
-            is_stuck[merged[place(units[why[units] < 0])]] = True
-        free.append(int((~is_stuck).sum()))
-    return int(np.argmax(free))
+        is_frozen = np.zeros(merged.max(initial=-1) + 1, dtype=bool)
+        for units in frozen:
+            is_frozen[merged[place(units[why[units] < 0])]] = True
+        n_free.append(int((~is_frozen).sum()))
+    return int(np.argmax(n_free))
 
 
 def _numbered(parts: Sequence[Labels], n: int) -> tuple[Labels, Callable[[Labels], Labels]]:
-    """Return the distinct components among some of ``n``, in order, and a function that gives their places."""
+    """Return the distinct components among some of ``n``, in order, and a function that maps each to its place."""
     values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     involved = unique(values, n)
     if 8 * len(values) < n:
@@ -192,25 +192,25 @@ def _numbered(parts: Sequence[Labels], n: int) -> tuple[Labels, Callable[[Labels
     return involved, lambda components: local[components]
 
 
-def _take(option: _Option, forest: _Forest, reason: int) -> None:
-    """Join what an alternative ties, under the number of one of them, and freeze what it freezes.
+def _take(option: _Option, sets: _UnionFind, reason: int) -> None:
+    """Join what an option ties, and freeze what it freezes.
 
     Args:
-        option: The alternative.
-        forest: Changed in place.
-        reason: Number of the reason of the first freeze; the others follow.
+        option: The option.
+        sets: Changed in place.
+        reason: Index of the reason of the first freeze; the others follow.
     """
-    why = forest.why
+    why = sets.why
     if option.ties:
         involved, place = _numbered([side for tie in option.ties for side in tie], len(why))
         merged = connect(len(involved), [(place(a), place(b)) for a, b in option.ties])
-        # Where an index repeats, the last value holds; backwards that is the first.
+        # Of repeated indices NumPy keeps the last value. In reverse order that is the first occurrence.
         first = np.zeros(int(merged.max()) + 1, dtype=np.int64)
         first[merged[::-1]] = involved[::-1]
         target = first[merged]
-        stuck = np.flatnonzero(why[involved] >= 0)[::-1]
-        why[target[stuck]] = why[involved[stuck]]
-        forest.join(involved, target)
+        frozen = np.flatnonzero(why[involved] >= 0)[::-1]
+        why[target[frozen]] = why[involved[frozen]]
+        sets.join(involved, target)
     for number, units in enumerate(option.freezes, start=reason):
-        components = forest.roots(units)
-        why[components[why[components] < 0]] = number
+        roots = sets.roots(units)
+        why[roots[why[roots] < 0]] = number

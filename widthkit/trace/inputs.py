@@ -17,7 +17,7 @@ Inputs = tuple[Any, ...]
 
 
 class Keywords(dict[str, Any]):
-    """Arguments passed by name; a plain dict among the inputs is itself an argument."""
+    """Arguments that are passed by name. A plain dict among the inputs is one argument."""
 
 
 register_pytree_node(Keywords, lambda k: (list(k.values()), list(k)), lambda v, k: Keywords(zip(k, v, strict=True)))
@@ -25,11 +25,14 @@ _CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
 def as_inputs(example: Any, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Normalise what a user may pass: a tensor, a shape, a tuple of arguments, or a mapping of keyword arguments.
+    """Turn what a user may pass (tensor, shape, tuple of arguments, mapping of keyword arguments) into a tuple.
 
     Args:
         example: What the user passed.
-        dtype: The type of the tensor that a shape stands for.
+        dtype: Type of the random tensor that replaces a shape.
+
+    Raises:
+        ModelError: If it is none of these.
 
     >>> as_inputs((1, 3, 32, 32))[0].shape
     torch.Size([1, 3, 32, 32])
@@ -45,10 +48,11 @@ def as_inputs(example: Any, dtype: torch.dtype = torch.float32) -> Inputs:
     raise ModelError(f"example_inputs must be a tensor, a shape, a tuple of arguments or a mapping, not {example!r}")
 
 
-def candidates(model: nn.Module, sizes: Sequence[int] | None = None) -> Iterator[Inputs]:
-    """Yield example inputs worth trying, best first: the model's own metadata, then common image sizes.
+def likely_inputs(model: nn.Module, sizes: Sequence[int] | None = None) -> Iterator[Inputs]:
+    """Yield example inputs to try, likeliest first: sizes from the model's own metadata, then common image sizes.
 
-    A forward that needs two arguments gets two images (optical flow); one image, then a list of images (detection).
+    A forward with two required arguments gets two images (optical flow). With one it gets an image batch first, then a
+    list of images (detection).
 
     Args:
         model: The model to run.
@@ -65,12 +69,12 @@ def candidates(model: nn.Module, sizes: Sequence[int] | None = None) -> Iterator
 
 
 def needs_values(error: Exception) -> bool:
-    """Whether a run on the meta device failed because the model looks at values, which no other size would change."""
+    """Whether a run on the meta device failed because the model reads values; other input sizes would fail, too."""
     return "meta tensor" in str(error) or (isinstance(error, NotImplementedError) and "meta" in str(error).lower())
 
 
 def _n_required(model: nn.Module) -> int:
-    """How many tensors a model must be given; one where its signature does not say."""
+    """Return how many arguments a model requires; one where its signature does not tell."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
@@ -123,7 +127,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _stem(model: nn.Module) -> tuple[int, int]:
-    """Input channels and spatial dims of the first convolution; three and two when there is none."""
+    """Return input channels and spatial dims of the first convolution; three and two when there is none."""
     for module in model.modules():
         for kind, spatial in _CONVS.items():
             if isinstance(module, kind):

@@ -1,8 +1,9 @@
-"""Labels: one integer for every position of every tensor dim, and what the run says about them.
+"""Labels: one integer for every position of every tensor dim, and what a run records about them.
 
 A tensor carries, per dim, either ``None`` (a fixed size: batch, space, time) or an array ``[size]`` of labels. Rules
-record *ties* (kept or dropped together), *freezes* (never dropped, with a reason) and *choices* (a shape demand that
-can be met in several ways, such as a view that splits 384 channels into 6 heads of 64).
+record *ties* (positions that are kept or dropped together), *freezes* (positions that are never dropped, with a reason)
+and *choices* (a shape demand that can be met in several ways, such as a view that splits 384 channels into 6 heads of
+64).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ Labels = npt.NDArray[np.int64]
 Dims = tuple["Labels | None", ...]
 
 CONSTANT = 0
-"""The label of positions that no tensor of the model owns, such as the zeros that padding adds."""
+"""The label of positions that belong to no tensor of the model, such as the zeros that padding adds."""
 
 
 def unique(values: Labels, n: int) -> Labels:
-    """Return the different values, sorted; all are below ``n``. For many values this is far faster than sorting them.
+    """Return the distinct values, sorted; all are below ``n``. For many values this is far faster than ``np.unique``.
 
     >>> unique(np.array([3, 1, 3]), 4).tolist()
     [1, 3]
@@ -39,9 +40,9 @@ class Alternative:
     """One way to meet a shape demand.
 
     Args:
-        name: A word for messages, such as ``"groups"``.
+        name: What varies under it, for messages, such as ``"groups"``.
         ties: Pairs of equally long label arrays.
-        freezes: Label arrays that stay fixed when this alternative is taken.
+        freezes: Label arrays that are frozen when the solver takes this alternative.
     """
 
     name: str
@@ -51,7 +52,13 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """A shape demand with alternatives; the solver takes the one that leaves the most units free."""
+    """A shape demand with alternatives; the solver takes the one that leaves the most units free.
+
+    Args:
+        path: Path of the module that makes the demand.
+        where: Module, operator and demand, for reasons and messages.
+        alternatives: Ways to meet it.
+    """
 
     path: str
     where: str
@@ -60,7 +67,15 @@ class Choice:
 
 @dataclass
 class LabelStore:
-    """Hands out labels and collects ties, freezes and choices in the order of the traced run."""
+    """Hands out labels and collects ties, freezes and choices in the order of the traced run.
+
+    Args:
+        size: How many labels there are; the next new label.
+        ties: Pairs of label arrays that are tied element by element.
+        freezes: Frozen labels and the reason.
+        choices: Shape demands that can be met in several ways.
+        solved: The last result of :func:`widthkit.trace.components.solve`, and what it was computed from.
+    """
 
     size: int = 1
     ties: list[tuple[Labels, Labels]] = field(default_factory=list)
@@ -70,7 +85,7 @@ class LabelStore:
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Changes whenever something is recorded."""
+        """Sizes of all collections: it changes whenever something is recorded."""
         return self.size, len(self.ties), len(self.freezes), len(self.choices)
 
     def __post_init__(self) -> None:
@@ -83,20 +98,23 @@ class LabelStore:
         return labels
 
     def tie(self, a: Labels, b: Labels, reason: str = "meets constant padding") -> None:
-        """Tie ``a[i]`` with ``b[i]``; what meets a constant is frozen, so that constants do not tie strangers."""
+        """Tie ``a[i]`` with ``b[i]``.
+
+        Labels that meet the constant are frozen for ``reason``. A tie would connect all labels that meet the constant.
+        """
         assert a.shape == b.shape, (a.shape, b.shape)
         if a is b or not a.size:
             return
-        loose = (a != CONSTANT) & (b != CONSTANT)
-        if not loose.all():
-            self.freeze(np.concatenate([a[~loose], b[~loose]]), reason)
-            a, b = a[loose], b[loose]
+        is_label = (a != CONSTANT) & (b != CONSTANT)
+        if not is_label.all():
+            self.freeze(np.concatenate([a[~is_label], b[~is_label]]), reason)
+            a, b = a[is_label], b[is_label]
         differ = a != b
         if differ.any():
             self.ties.append((a[differ], b[differ]))
 
     def freeze(self, labels: Labels, reason: str) -> None:
-        """Say that these positions are never dropped, and why."""
+        """Freeze positions: they are never dropped; the reason is shown to users."""
         if labels.size:
             self.freezes.append((unique(labels, self.size), reason))
 

@@ -1,10 +1,9 @@
-"""Shrink and run again: does what the trace says hold for the smaller model?
+"""Shrink the model, run it again, and check that it agrees with the trace.
 
-The first run cannot see sizes that live in Python (``self.num_heads``, split sizes). So a shrunk copy is run, with
-the labels of the first run on its tensors. Every tie of the second run must join labels that the first run had joined
-already, and every result must have the size that the first run foretells. For a misfit the probe tries integer
-attributes of the module that ran the call (they may count kept channels), then the other alternatives of its shape
-demands, and freezes what nothing mends.
+Some sizes live in Python (``self.num_heads``, split sizes), where the first run cannot see them all. So a shrunk copy
+is run with the labels of the first run on its tensors. Its ties must join only labels that are joined already, and
+every result must have the expected size. At a mismatch the probe lets integer attributes of the failing module follow
+channels, then tries the other alternatives of its shape demands, and freezes groups where neither helps.
 """
 
 from __future__ import annotations
@@ -13,71 +12,75 @@ from collections.abc import Callable
 
 from widthkit.errors import TraceError
 from widthkit.graph import ChannelGraph, ChannelGroup
-from widthkit.trace.candidate import TURNS, Draft, Misfit, check
+from widthkit.trace.candidate import N_SHRUNK_COPIES, Candidate, Mismatch, check
 from widthkit.trace.components import Components
 from widthkit.trace.labels import Labels
-from widthkit.trace.repair import mend
+from widthkit.trace.repair import repair
 
 
-def probe(draft: Draft, *, limit: int = 400) -> ChannelGraph:
+def probe(candidate: Candidate, *, max_mismatches: int = 400) -> ChannelGraph:
     """Return a graph whose shrunk model runs and agrees with the trace.
 
     Args:
-        draft: The traced run.
-        limit: How many misfits to work on before giving up.
+        candidate: The first run.
+        max_mismatches: How many mismatches to work on before giving up.
 
     Raises:
-        TraceError: If no set of frozen groups makes the shrunk model run.
+        TraceError: If the shrunk model does not run whatever is frozen.
     """
-    misfit = None
-    for _ in range(limit):
-        graph, solved = draft.build()
-        found = _first_misfit(draft, graph, solved)
+    mismatch = None
+    for _ in range(max_mismatches):
+        graph, solved = candidate.build()
+        found = _first_mismatch(candidate, graph, solved)
         if found is None:
             return graph
-        turn, misfit = found
+        copy_index, mismatch = found
         if not graph.group_names:
             break
-        if not mend(draft, misfit, turn):
-            _freeze(draft, graph, solved, misfit, turn)
-    assert misfit is not None
-    raise TraceError(f"{misfit.path or 'model'}: the shrunk model never ran ({misfit.why}); pass freeze= for this part")
+        if not repair(candidate, mismatch, copy_index):
+            _freeze(candidate, graph, solved, mismatch, copy_index)
+    assert mismatch is not None
+    raise TraceError(
+        f"{mismatch.path or 'model'}: no shrunk copy of the model runs ({mismatch.why}); "
+        f"pass freeze=['{mismatch.path or '*'}']"
+    )
 
 
-def _first_misfit(draft: Draft, graph: ChannelGraph, solved: Components) -> tuple[int, Misfit] | None:
-    for turn in range(TURNS):
-        misfit = check(draft, graph, solved, graph.group_names, turn)
-        if misfit is not None:
-            return turn, misfit
+def _first_mismatch(candidate: Candidate, graph: ChannelGraph, solved: Components) -> tuple[int, Mismatch] | None:
+    """Return the first shrunk copy that disagrees with the first run, and how."""
+    for copy_index in range(N_SHRUNK_COPIES):
+        mismatch = check(candidate, graph, solved, graph.group_names, copy_index)
+        if mismatch is not None:
+            return copy_index, mismatch
     return None
 
 
-def _freeze(draft: Draft, graph: ChannelGraph, solved: Components, misfit: Misfit, turn: int) -> None:
-    """Freeze the fewest groups that take the misfit away, the suspects of the failing module first."""
-    what = misfit.why if misfit.components else f"the shrunk model does not run ({misfit.why})"
-    everything = list(graph.group_names)
+def _freeze(candidate: Candidate, graph: ChannelGraph, solved: Components, mismatch: Mismatch, copy_index: int) -> None:
+    """Freeze the fewest groups that remove the mismatch; groups of the failing module are tried first."""
+    what = mismatch.why if mismatch.components else f"the shrunk model does not run ({mismatch.why})"
+    all_groups = list(graph.group_names)
 
-    def gone(names: set[str]) -> bool:
-        now = check(draft, graph, solved, [n for n in everything if n not in names], turn)
-        return now is None or now.progress > misfit.progress
+    def removes_mismatch(frozen: set[str]) -> bool:
+        now = check(candidate, graph, solved, [n for n in all_groups if n not in frozen], copy_index)
+        return now is None or now.progress > mismatch.progress
 
-    suspects = _suspects(draft, graph, solved, misfit) or everything
-    if not gone(set(suspects)):
-        suspects = everything
-    for name in _minimal(suspects, gone):
-        for labels in _labels_of(draft, graph.groups[name]):
-            draft.run.store.freeze(labels, f"{misfit.path or 'model'}: {what}")
+    suspects = _suspects(candidate, graph, solved, mismatch) or all_groups
+    if not removes_mismatch(set(suspects)):
+        suspects = all_groups
+    for name in _minimal(suspects, removes_mismatch):
+        for labels in _labels_of(candidate, graph.groups[name]):
+            candidate.recording.store.freeze(labels, f"{mismatch.path or 'model'}: {what}")
 
 
-def _minimal(suspects: list[str], gone: Callable[[set[str]], bool]) -> list[str]:
-    """Drop suspects, in halves first and then one by one, as long as the misfit stays away."""
+def _minimal(suspects: list[str], suffices: Callable[[set[str]], bool]) -> list[str]:
+    """Leave out suspects, half of them first and then ever fewer, as long as the rest suffices."""
     needed = list(suspects)
     step = len(needed) // 2
     while step >= 1:
         start = 0
         while start < len(needed) and len(needed) > 1:
             rest = needed[:start] + needed[start + step :]
-            if rest and gone(set(rest)):
+            if rest and suffices(set(rest)):
                 needed = rest
             else:
                 start += step
@@ -85,24 +88,24 @@ def _minimal(suspects: list[str], gone: Callable[[set[str]], bool]) -> list[str]
     return needed
 
 
-def _suspects(draft: Draft, graph: ChannelGraph, solved: Components, misfit: Misfit) -> list[str]:
-    """List the groups whose units pass through the module that failed, or that met wrongly."""
-    components = set(misfit.components)
+def _suspects(candidate: Candidate, graph: ChannelGraph, solved: Components, mismatch: Mismatch) -> list[str]:
+    """List the groups that are wrongly tied, or else those that the failing module saw."""
+    components = set(mismatch.components)
     if not components:
-        for labels in draft.run.seen.get(misfit.path, []):
+        for labels in candidate.recording.seen.get(mismatch.path, []):
             components.update(solved.unit[labels].tolist())
     return [
         name
         for name, group in graph.groups.items()
-        if components.intersection(solved.unit[_labels_of(draft, group)[0]].tolist())
+        if components.intersection(solved.unit[_labels_of(candidate, group)[0]].tolist())
     ]
 
 
-def _labels_of(draft: Draft, group: ChannelGroup) -> list[Labels]:
+def _labels_of(candidate: Candidate, group: ChannelGroup) -> list[Labels]:
     """Return the labels of a group's units, at every site."""
     found = []
     for site in group.sites:
-        labels = draft.seeds.labels[site.tensor][site.dim]
+        labels = candidate.tensor_labels[site.tensor][site.dim]
         assert labels is not None
         found.append(labels[site.index[:, 0]])
     return found

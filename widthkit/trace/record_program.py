@@ -1,9 +1,9 @@
-"""Turn a traced run into a program: operators, sizes as functions of the widths, lifetimes of memory."""
+"""Turn a traced run into a :class:`Program`: operators, sizes as functions of the widths, lifetimes of memory."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,47 +12,63 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from widthkit.graph import ChannelGraph, IntArray
-from widthkit.graph.program import Block, Dim, OpCall, Program, Slot, TensorSpec, fixed, item_size
+from widthkit.graph.program import Block, Dim, OpCall, Program, Slot, TensorSpec, fixed_tensor, item_size
 from widthkit.modules.clone import named_tensors
 from widthkit.trace.build import affine_forms
-from widthkit.trace.candidate import Draft
+from widthkit.trace.candidate import Candidate
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.inputs import Inputs
 from widthkit.trace.labels import Labels
-from widthkit.trace.watch import Seen, SeenBlock, watch
+from widthkit.trace.lifetimes import BlockLifetime, Lifetimes, record_lifetimes
 
-_SCRATCH = {"aten.max_pool2d.default": "int64", "aten.max_pool3d.default": "int64"}
-"""Operators that make a second tensor of the size of their result for as long as they run: the maxima's indices."""
+_WORKSPACE = {"aten.max_pool2d.default": "int64", "aten.max_pool3d.default": "int64"}
+"""Operators that allocate a second tensor of the size of their result while they run (the indices of the maxima)."""
 
 
-def with_program(draft: Draft, graph: ChannelGraph) -> ChannelGraph:
-    """Return the graph with the program of its run; without one where the model does not run twice alike."""
-    names = [str(func) for func, _, _, _ in draft.run.calls[: len(draft.run.trail)]]
+def with_program(candidate: Candidate, graph: ChannelGraph) -> ChannelGraph:
+    """Return the graph with the program of its run.
+
+    The model runs once more, at twice the batch size where it can, else at the same one. Where both runs fail or call
+    other operators, the graph gets a note instead of a program.
+    """
+    names = [str(call.func) for call in candidate.recording.calls]
+    errors: list[str] = []
     for doubled in (True, False):
-        seen = _watched(draft, double_batch(draft.inputs) if doubled else draft.inputs)
-        numbers = None if seen is None else align(names, seen.names)
-        if seen is not None and numbers is not None:
-            forms = affine_forms(draft.solve(), draft.units())
-            return dataclasses.replace(graph, program=_Builder(draft, graph, seen, numbers, forms, doubled).build())
-    note = "two runs of the model call different operators, so memory and latency of its widths are not known"
+        inputs = double_batch(candidate.inputs) if doubled else candidate.inputs
+        try:
+            lifetimes = record_lifetimes(candidate.model, inputs, candidate.fake_values)
+        except Exception as error:  # a model may raise anything at a batch size that it was not made for
+            errors.append(
+                f"a second run of the model fails ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            )
+            continue
+        numbers = align(names, lifetimes.names)
+        if numbers is None:
+            errors.append("two runs of the model call different operators")
+            continue
+        forms = affine_forms(candidate.solve(), candidate.units())
+        builder = _Builder(candidate, graph, lifetimes, numbers, forms, None if doubled else errors[0])
+        return dataclasses.replace(graph, program=builder.build())
+    note = f"{errors[-1]}, so memory and latency of its widths are not known"
     return dataclasses.replace(graph, notes=(*graph.notes, note))
 
 
-def align(traced: Sequence[str], watched: Sequence[str]) -> list[int] | None:
-    """Return the number in the traced run of every call of the watched one; ``None`` where the runs differ.
+def align(traced: Sequence[str], repeated: Sequence[str]) -> list[int] | None:
+    """Return the number in the traced run of every call of the repeated run; ``None`` where the runs differ.
 
-    The traced run may detach more: PyTorch does so with new tensors that somebody else holds, as the recorder does.
+    The traced run may call ``detach`` more often: PyTorch detaches new tensors that somebody else holds, and the
+    recorder holds all of them.
 
     >>> align(["arange", "aten.detach.default", "mul"], ["arange", "mul"]), align(["mul"], ["add"])
     ([0, 2], None)
     """
     numbers: list[int] = []
     for number, name in enumerate(traced):
-        if len(numbers) < len(watched) and name == watched[len(numbers)]:
+        if len(numbers) < len(repeated) and name == repeated[len(numbers)]:
             numbers.append(number)
         elif name != "aten.detach.default":
             return None
-    return numbers if len(numbers) == len(watched) else None
+    return numbers if len(numbers) == len(repeated) else None
 
 
 def double_batch(inputs: Inputs) -> Inputs:
@@ -61,91 +77,88 @@ def double_batch(inputs: Inputs) -> Inputs:
     return twice
 
 
-def _watched(draft: Draft, inputs: Inputs) -> Seen | None:
-    try:
-        return watch(draft.model, inputs, draft.hollow)
-    except Exception:  # whatever a model may raise at a batch size that it was not made for
-        return None
-
-
 class _Builder:
-    """Joins the labels of the traced run with the sizes and lifetimes of the watched one."""
+    """Joins the labels of the traced run with the sizes and lifetimes of the repeated one.
+
+    Args:
+        candidate: The traced run.
+        graph: Its graph.
+        lifetimes: The repeated run.
+        numbers: From :func:`align`.
+        forms: From :func:`widthkit.trace.build.affine_forms`.
+        batch_error: Why the model does not run at twice the batch size; ``None`` where the repeated run did.
+    """
 
     def __init__(
         self,
-        draft: Draft,
+        candidate: Candidate,
         graph: ChannelGraph,
-        seen: Seen,
+        lifetimes: Lifetimes,
         numbers: Sequence[int],
         forms: Callable[[Labels], IntArray],
-        doubled: bool,
+        batch_error: str | None,
     ) -> None:
-        self.run = draft.run
-        self.model = draft.model
-        self.batch = draft.batch
-        self.example = draft.inputs
+        self.recording = candidate.recording
+        self.model = candidate.model
+        self.batch = candidate.batch
+        self.example = candidate.inputs
         self.n_groups = len(graph.group_names)
         self.graph = graph
-        self.seen = seen
+        self.lifetimes = lifetimes
         self.numbers = numbers
-        self.doubled = doubled
+        self.batch_error = batch_error
         self._forms = forms
         self._cache: dict[int, IntArray] = {}
         self._dims: dict[Any, Dim] = {}
 
     def build(self) -> Program:
-        calls, blocks = [], []
-        by_call: dict[int, list[SeenBlock]] = {}
-        for block in self.seen.blocks:
+        by_call: dict[int, list[BlockLifetime]] = {}
+        for block in self.lifetimes.blocks:
             by_call.setdefault(block.owner[0], []).append(block)
-        for number in range(len(self.seen.names)):
-            func, args, kwargs, out = self.run.calls[self.numbers[number]]
-            given, made = flat_tensors((args, kwargs)), flat_tensors((out,))
-            inputs = tuple(self._spec(t, s) for t, s in zip(given, self.seen.inputs[number], strict=True))
-            outputs = tuple(self._spec(t, s) for t, s in zip(made, self.seen.outputs[number], strict=True))
-            counter = iter(range(len(given)))
-            plain_args, plain_kwargs = _template((args, kwargs), counter)
-            calls.append(
-                OpCall(
-                    self.run.trail[self.numbers[number]].path,
-                    str(func),
-                    plain_args,
-                    tuple(sorted(plain_kwargs.items())),
-                    inputs,
-                    outputs,
-                    self.seen.moves_nothing[number],
-                )
-            )
+        calls: list[OpCall] = []
+        blocks: list[Block] = []
+        for number in range(len(self.lifetimes.names)):
+            call = self._call(number)
             for block in by_call.get(number, []):
-                position = block.owner[1]
-                blocks.append(self._block(block, outputs[position] if position >= 0 else inputs[-1 - position]))
-            blocks += _scratch(calls[-1], number)
-        example = self.example
-        tensors = flat_tensors(example)
-        other = [tuple(t.shape) for t in flat_tensors(double_batch(example))] if self.doubled else None
-        inputs = tuple(self._spec(t, other[i] if other is not None else tuple(t.shape)) for i, t in enumerate(tensors))
-        return Program(
-            tuple(calls),
-            tuple(blocks),
-            self._weights(),
-            self.batch,
-            self.doubled,
-            _template(example, iter(range(len(tensors)))),
-            inputs,
+                place = block.owner[1]
+                blocks.append(self._block(block, call.outputs[place] if place >= 0 else call.inputs[-1 - place]))
+            blocks += _workspace(call, number)
+            calls.append(call)
+        tensors = flat_tensors(self.example)
+        repeated = tensors if self.batch_error is not None else flat_tensors(double_batch(self.example))
+        inputs = tuple(self._spec(t, tuple(r.shape)) for t, r in zip(tensors, repeated, strict=True))
+        template = _template(self.example, iter(range(len(tensors))))
+        return Program(tuple(calls), tuple(blocks), self._weights(), self.batch, self.batch_error, template, inputs)
+
+    def _call(self, number: int) -> OpCall:
+        traced = self.recording.calls[self.numbers[number]]
+        given, returned = flat_tensors((traced.args, traced.kwargs)), flat_tensors((traced.out,))
+        inputs = zip(given, self.lifetimes.inputs[number], strict=True)
+        outputs = zip(returned, self.lifetimes.outputs[number], strict=True)
+        args, kwargs = _template((traced.args, traced.kwargs), iter(range(len(given))))
+        return OpCall(
+            traced.path,
+            str(traced.func),
+            args,
+            tuple(sorted(kwargs.items())),
+            tuple(self._spec(t, shape) for t, shape in inputs),
+            tuple(self._spec(t, shape) for t, shape in outputs),
+            self.lifetimes.is_view[number],
         )
 
-    def _block(self, block: SeenBlock, spec: TensorSpec) -> Block:
-        extra = self.batch if self.doubled else 0
+    def _block(self, block: BlockLifetime, spec: TensorSpec) -> Block:
+        extra = self.batch if self.batch_error is None else 0
         own = float(spec.numel(self.graph.group_widths, extra)) * item_size(spec.dtype)
-        died = len(self.seen.names) if block.died is None else block.died
-        return Block(spec, block.born, died, block.n_bytes / own if own else 1.0)
+        end = len(self.lifetimes.names) if block.end_call is None else block.end_call
+        return Block(spec, block.first_call, end, block.n_bytes / own if own else 1.0)
 
-    def _spec(self, tensor: Tensor, seen: tuple[int, ...]) -> TensorSpec:
+    def _spec(self, tensor: Tensor, repeated: tuple[int, ...]) -> TensorSpec:
+        """Describe a tensor of the traced run, given its shape in the repeated run."""
         dims = []
-        for labels, size, other in zip(self.run.dims_of(tensor), tensor.shape, seen, strict=True):
+        for labels, size, other in zip(self.recording.dims_of(tensor), tensor.shape, repeated, strict=True):
             key = (id(labels) if labels is not None else None, size, other)
             if key not in self._dims:
-                growth = (other / size - 1) / self.batch if self.doubled and size else 0.0
+                growth = (other / size - 1) / self.batch if self.batch_error is None and size else 0.0
                 self._dims[key] = Dim(self._form(labels, size), growth)
             dims.append(self._dims[key])
         return TensorSpec(tuple(dims), str(tensor.dtype).removeprefix("torch."))
@@ -162,7 +175,7 @@ class _Builder:
     def _weights(self) -> tuple[TensorSpec, ...]:
         found = []
         for name, tensor in named_tensors(self.model).items():
-            spec = fixed(tuple(tensor.shape), self.n_groups, str(tensor.dtype).removeprefix("torch."))
+            spec = fixed_tensor(tuple(tensor.shape), self.n_groups, str(tensor.dtype).removeprefix("torch."))
             dims = list(spec.dims)
             for dim, positions in enumerate(self.graph.tensors[name].dims):
                 if positions is not None:
@@ -171,17 +184,17 @@ class _Builder:
         return tuple(found)
 
 
-def _scratch(call: OpCall, number: int) -> list[Block]:
-    dtype = _SCRATCH.get(call.operator)
+def _workspace(call: OpCall, number: int) -> list[Block]:
+    dtype = _WORKSPACE.get(call.operator)
     return [] if dtype is None else [Block(TensorSpec(call.outputs[0].dims, dtype), number, number + 1)]
 
 
-def _template(value: Any, counter: Any) -> Any:
+def _template(value: Any, numbers: Iterator[int]) -> Any:
     """Replace tensors by numbered slots, in the order of :func:`flat_tensors`; lists become tuples."""
     if isinstance(value, torch.Tensor):
-        return Slot(next(counter))
+        return Slot(next(numbers))
     if isinstance(value, (tuple, list)):
-        return tuple(_template(item, counter) for item in value)
+        return tuple(_template(item, numbers) for item in value)
     if isinstance(value, dict):
-        return type(value)((key, _template(item, counter)) for key, item in value.items())
+        return type(value)((key, _template(item, numbers)) for key, item in value.items())
     return value

@@ -1,4 +1,4 @@
-"""Mend a misfit: integers kept in Python that count channels, and other ways to meet a shape demand."""
+"""Repair a mismatch: let integer attributes count channels, or meet a shape demand in another way."""
 
 from __future__ import annotations
 
@@ -7,75 +7,77 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from widthkit.trace.candidate import AttributeKey, Draft, Misfit, check
+from widthkit.trace.candidate import AttributeKey, Candidate, Mismatch, check
 from widthkit.trace.labels import Labels
 from widthkit.trace.sizes import integer_attributes
 
-_Pick = tuple[str, "int | None"]
-_TRIES = 40
-"""How many assignments of integer attributes are tried per misfit."""
-_PATIENCE = 600
-"""After so many runs of shrunk copies nothing more is mended, only frozen: a trace ends."""
+_Attribute = tuple[str, "int | None"]
+"""Name of an attribute, and element where it is a tuple or list."""
+_MAX_ASSIGNMENTS = 40
+"""How many assignments of integer attributes are tried per mismatch."""
+_MAX_RUNS = 600
+"""After so many runs of shrunk copies mismatches are frozen without a try at repair, so that a trace ends."""
 
 
-def mend(draft: Draft, misfit: Misfit, turn: int) -> bool:
-    """Change the draft so that the shrunk model gets further; return whether that was possible.
+def repair(candidate: Candidate, mismatch: Mismatch, copy_index: int) -> bool:
+    """Change the candidate so that the shrunk model gets further; return whether that was possible.
 
-    What could not be mended in one module is not tried again at the same place of its twins: a model with a hundred
-    equal blocks would take a hundred times as long.
+    Where no repair helped, the same call is not tried again in other modules of the class. A model with a hundred equal
+    blocks would take a hundred times as long.
     """
-    place = _place(draft, misfit)
-    if place in draft.hopeless or draft.n_checks > _PATIENCE:
+    place = _place(candidate, mismatch)
+    if place in candidate.unrepairable or candidate.n_runs > _MAX_RUNS:
         return False
-    if _mend_attributes(draft, misfit, turn) or _mend_choices(draft, misfit, turn):
+    if _repair_attributes(candidate, mismatch, copy_index) or _repair_choices(candidate, mismatch, copy_index):
         return True
     if place is not None:
-        draft.hopeless.add(place)
+        candidate.unrepairable.add(place)
     return False
 
 
-def _place(draft: Draft, misfit: Misfit) -> tuple[type, int] | None:
-    """Return the class of the module and the number of the call within it, ``None`` where no call is known."""
-    if not misfit.path or misfit.call >= len(draft.run.trail):
+def _place(candidate: Candidate, mismatch: Mismatch) -> tuple[type, int] | None:
+    """Return the class of the failing module and the number of the call in it; ``None`` where no call failed."""
+    if not mismatch.path or mismatch.call >= len(candidate.recording.calls):
         return None
-    earlier = sum(call.path == misfit.path for call in draft.run.trail[: misfit.call])
-    return type(draft.model.get_submodule(misfit.path)), earlier
+    earlier = sum(call.path == mismatch.path for call in candidate.recording.calls[: mismatch.call])
+    return type(candidate.model.get_submodule(mismatch.path)), earlier
 
 
-def advances(draft: Draft, misfit: Misfit, turn: int) -> bool:
-    """Whether the shrunk model now gets further than the misfit, and earlier turns still agree."""
-    graph, solved = draft.build()
-    now = check(draft, graph, solved, graph.group_names, turn)
-    if now is not None and now.progress <= misfit.progress:
+def _advances(candidate: Candidate, mismatch: Mismatch, copy_index: int) -> bool:
+    """Whether the shrunk model now gets past the mismatch, and the copies before it still agree."""
+    graph, solved = candidate.build()
+    now = check(candidate, graph, solved, graph.group_names, copy_index)
+    if now is not None and now.progress <= mismatch.progress:
         return False
-    return all(check(draft, graph, solved, graph.group_names, earlier) is None for earlier in range(turn))
+    return all(check(candidate, graph, solved, graph.group_names, earlier) is None for earlier in range(copy_index))
 
 
-def _mend_attributes(draft: Draft, misfit: Misfit, turn: int) -> bool:
-    """Let integer attributes follow the channels they count; twins of the module get the same treatment."""
-    before = dict(draft.attributes)
-    for added in itertools.islice(_assignments(draft, misfit), _TRIES):
-        twins = _twins(draft, added)
-        for more in [twins, {}] if twins else [{}]:
-            draft.attributes = {**before, **more, **added}
-            if advances(draft, misfit, turn):
+def _repair_attributes(candidate: Candidate, mismatch: Mismatch, copy_index: int) -> bool:
+    """Let integer attributes follow the channels they count, also in other modules of the same class."""
+    before = dict(candidate.attributes)
+    for added in itertools.islice(_assignments(candidate, mismatch), _MAX_ASSIGNMENTS):
+        others = _same_in_other_modules(candidate, added)
+        for more in [others, {}] if others else [{}]:
+            candidate.attributes = {**before, **more, **added}
+            if _advances(candidate, mismatch, copy_index):
                 return True
-    draft.attributes = before
+    candidate.attributes = before
     return False
 
 
-def _assignments(draft: Draft, misfit: Misfit) -> Iterator[dict[AttributeKey, Labels]]:
-    """Yield guesses which attributes count which channels, the likeliest first.
+def _assignments(candidate: Candidate, mismatch: Mismatch) -> Iterator[dict[AttributeKey, Labels]]:
+    """Yield guesses of which attributes count which channels, the likeliest first.
 
     The attribute belongs to the module that ran the call or to one around it. It counts channels of that call's
     result, or channels seen elsewhere in that module. A call with several results, such as a split, may need several.
     """
-    unit = draft.solve().unit
-    here = _results(draft, misfit.call)
-    for path in _outwards(misfit.path):
-        attributes = list(integer_attributes(draft.model.get_submodule(path)))
-        yield from _joint(path, attributes, distinct(here, unit))
-        near = distinct([*here, *draft.run.seen.get(misfit.path, []), *draft.run.seen.get(path, [])], unit)
+    unit = candidate.solve().unit
+    seen = candidate.recording.seen
+    here = _results(candidate, mismatch.call)
+    for path in _outwards(mismatch.path):
+        attributes = list(integer_attributes(candidate.model.get_submodule(path)))
+        yield from _joint(path, attributes, _distinct(here, unit))
+        near = _distinct([*here, *seen.get(mismatch.path, []), *seen.get(path, [])], unit)
         for name, element, size in attributes:
             for labels in [a for a in near if len(a) == size][:4]:
                 yield {(path, name, element): labels}
@@ -85,15 +87,15 @@ def _assignments(draft: Draft, misfit: Misfit) -> Iterator[dict[AttributeKey, La
 def _joint(
     path: str, attributes: list[tuple[str, int | None, int]], arrays: list[Labels]
 ) -> Iterator[dict[AttributeKey, Labels]]:
-    """Yield assignments of an attribute of its own to every array of labels, in order where sizes repeat."""
+    """Yield assignments of a different attribute to every label array, in order where sizes repeat."""
     options = [[(name, element) for name, element, size in attributes if size == len(a)] for a in arrays]
-    chosen = [(a, o) for a, o in zip(arrays, options, strict=True) if o]
-    if len(chosen) > 1:
-        for picks in itertools.islice(_distinct_picks([o for _, o in chosen]), 4):
-            yield {(path, *pick): a for pick, (a, _) in zip(picks, chosen, strict=True)}
+    counted = [(a, o) for a, o in zip(arrays, options, strict=True) if o]
+    if len(counted) > 1:
+        for picks in itertools.islice(_distinct_picks([o for _, o in counted]), 4):
+            yield {(path, *pick): a for pick, (a, _) in zip(picks, counted, strict=True)}
 
 
-def _distinct_picks(options: list[list[_Pick]]) -> Iterator[tuple[_Pick, ...]]:
+def _distinct_picks(options: list[list[_Attribute]]) -> Iterator[tuple[_Attribute, ...]]:
     """Yield picks of one option each, no option twice, in lexicographic order.
 
     >>> list(_distinct_picks([[("a", 0), ("a", 1)], [("a", 0), ("a", 1)]]))
@@ -107,10 +109,11 @@ def _distinct_picks(options: list[list[_Pick]]) -> Iterator[tuple[_Pick, ...]]:
             yield (pick, *rest)
 
 
-def _results(draft: Draft, call: int) -> list[Labels]:
-    if call >= len(draft.run.trail):
+def _results(candidate: Candidate, call: int) -> list[Labels]:
+    if call >= len(candidate.recording.calls):
         return []
-    return [labels for out in draft.run.trail[call].outputs for labels in out if not isinstance(labels, int)]
+    sizes = candidate.recording.calls[call].sizes
+    return [labels for dims in sizes for labels in dims if not isinstance(labels, int)]
 
 
 def _outwards(path: str) -> Iterator[str]:
@@ -125,44 +128,45 @@ def _outwards(path: str) -> Iterator[str]:
     yield ""
 
 
-def distinct(arrays: Iterable[Labels], unit: Labels) -> list[Labels]:
-    """Leave out arrays that name the same units as one before, such as the channels of q and of k."""
+def _distinct(arrays: Iterable[Labels], unit: Labels) -> list[Labels]:
+    """Leave out arrays of the same units as an earlier one, such as the channels of k after those of q."""
     found: dict[bytes, Labels] = {}
-    known: set[int] = set()
+    ids: set[int] = set()
     for labels in arrays:
-        if id(labels) not in known:
-            known.add(id(labels))
+        if id(labels) not in ids:
+            ids.add(id(labels))
             found.setdefault(unit[labels].tobytes(), labels)
     return list(found.values())
 
 
-def _twins(draft: Draft, added: dict[AttributeKey, Labels]) -> dict[AttributeKey, Labels]:
-    """Give every other module of the same class the same treatment: the array that it saw at the same moment."""
+def _same_in_other_modules(candidate: Candidate, added: dict[AttributeKey, Labels]) -> dict[AttributeKey, Labels]:
+    """Assign the same attributes in other modules of the same class, to the labels they saw at the same moment."""
     found: dict[AttributeKey, Labels] = {}
+    seen = candidate.recording.seen
     for (path, name, element), labels in added.items():
-        module = draft.model.get_submodule(path)
-        moments = [i for i, a in enumerate(draft.run.seen.get(path, [])) if np.array_equal(a, labels)]
-        for other_path, other in draft.model.named_modules():
+        module = candidate.model.get_submodule(path)
+        moments = [i for i, a in enumerate(seen.get(path, [])) if np.array_equal(a, labels)]
+        for other_path, other in candidate.model.named_modules():
             if other_path == path or type(other) is not type(module) or not moments:
                 continue
             sizes = {(n, e): size for n, e, size in integer_attributes(other)}
-            arrays = draft.run.seen.get(other_path, [])
+            arrays = seen.get(other_path, [])
             fits = [arrays[i] for i in moments if i < len(arrays) and len(arrays[i]) == sizes.get((name, element))]
             if fits:
                 found[other_path, name, element] = fits[0]
     return found
 
 
-def _mend_choices(draft: Draft, misfit: Misfit, turn: int) -> bool:
+def _repair_choices(candidate: Candidate, mismatch: Mismatch, copy_index: int) -> bool:
     """Take another alternative at a shape demand of the module that failed."""
-    solved = draft.solve()
-    for number, choice in enumerate(draft.run.store.choices):
-        if choice.path != misfit.path or number in draft.forced:
+    solved = candidate.solve()
+    for number, choice in enumerate(candidate.recording.store.choices):
+        if choice.path != mismatch.path or number in candidate.forced:
             continue
         for pick in range(len(choice.alternatives)):
             if pick != solved.taken[number]:
-                draft.forced[number] = pick
-                if advances(draft, misfit, turn):
+                candidate.forced[number] = pick
+                if _advances(candidate, mismatch, copy_index):
                     return True
-                del draft.forced[number]
+                del candidate.forced[number]
     return False

@@ -1,77 +1,83 @@
-"""ClaimWatch numbers on their way into tensor operations, and shapes on their way out."""
+"""Record where Python integers become tensor sizes."""
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from widthkit.trace.context import RunState, flat_tensors
+from widthkit.trace.context import flat_tensors
 from widthkit.trace.labels import Labels
-from widthkit.trace.sizes import Number, Size, Source
+from widthkit.trace.recording import Recording
+from widthkit.trace.sizes import DimSource, Source, TracedInt
 
 
 @dataclass(frozen=True, eq=False)
-class Claim:
-    """A number that must equal the positions left of a dim; ``labels`` is ``None`` where the dim is fixed."""
+class SizeUse:
+    """An integer that must equal the number of kept positions of a dim.
+
+    Args:
+        source: Where the integer comes from.
+        labels: The labels of the dim; ``None`` where its size is fixed.
+        where: Path of the module that used it.
+    """
 
     source: Source
-    value: int
     labels: Labels | None
     where: str
 
 
 @dataclass
-class ClaimWatch(TorchFunctionMode):
-    """Collects claims of one run.
+class SizeUseRecorder(TorchFunctionMode):
+    """Collects the size uses of one run, and makes ``x.shape`` return traced integers.
 
     Args:
-        run: The record of the run; its labels say what sizes mean.
+        recording: The recording of the run; its labels say what sizes mean.
         stack: The running modules.
+        uses: What was collected.
     """
 
-    run: RunState
+    recording: Recording
     stack: list[tuple[str, Any]]
-    claims: list[Claim] = field(default_factory=list)
+    uses: list[SizeUse] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, then read off what its numbers say."""
+        """Run the function, then record which of its integers are sizes."""
         kwargs = kwargs or {}
         if _is_shape(func):
             return self._shape(args[0], func(*args, **kwargs))
         name = getattr(func, "__name__", "")
         if name == "size":
             return self._size(args, kwargs, func(*args, **kwargs))
-        if name in _PYTHON and isinstance(func, _Function):
+        if name in _PYTHON_FUNCTIONS and isinstance(func, FunctionType):
             with self:
-                return _open(func)(*args, **kwargs)
-        numbers = list(_numbers((args, tuple(kwargs.values()))))
-        if not numbers:
+                return _without_overrides(func)(*args, **kwargs)
+        if not any(_traced_ints((args, tuple(kwargs.values())))):
             return func(*args, **kwargs)
-        self.run.numbers = _roles(name, args, kwargs)
+        self.recording.counting_arguments = _counting_arguments(name, args, kwargs)
         try:
             out = func(*args, **kwargs)
         finally:
-            self.run.numbers = {}
+            self.recording.counting_arguments = {}
         handler = _HANDLERS.get(name)
         if handler is not None:
             handler(self, args, kwargs, out)
         return out
 
     def _shape(self, tensor: Tensor, shape: torch.Size) -> torch.Size:
-        dims = self.run.dims_of(tensor)
+        dims = self.recording.dims_of(tensor)
         if all(labels is None for labels in dims):
             return shape
-        sizes = [n if labels is None else Number(n, Size(labels)) for n, labels in zip(shape, dims, strict=True)]
-        return torch.Size(sizes)
+        pairs = zip(shape, dims, strict=True)
+        return torch.Size([n if labels is None else TracedInt(n, DimSource(labels)) for n, labels in pairs])
 
     def _size(self, args: Any, kwargs: Any, out: Any) -> Any:
         if not isinstance(args[0], Tensor):
@@ -79,118 +85,123 @@ class ClaimWatch(TorchFunctionMode):
         if isinstance(out, torch.Size):
             return self._shape(args[0], out)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        labels = self.run.dims_of(args[0])[dim] if isinstance(dim, int) else None
-        return out if labels is None else Number(out, Size(labels))
+        labels = self.recording.dims_of(args[0])[dim] if isinstance(dim, int) else None
+        return out if labels is None else TracedInt(out, DimSource(labels))
 
-    def claim(self, value: Any, labels: Labels | None, size: int) -> None:
-        """Note that a number is the size of a dim."""
-        if isinstance(value, Number) and int(value) == size:
-            self.claims.append(Claim(value.source, int(value), labels, self.stack[-1][0]))
+    def record_size(self, value: Any, labels: Labels | None, size: int) -> None:
+        """Record that an integer is the size of a dim."""
+        if isinstance(value, TracedInt) and int(value) == size:
+            self.uses.append(SizeUse(value.source, labels, self.stack[-1][0]))
 
-    def sizes(self, values: Sequence[Any], tensor: Tensor, start: int = 0) -> None:
-        """Note the sizes of consecutive dims."""
-        for value, labels, size in zip(values, self.run.dims_of(tensor)[start:], tensor.shape[start:], strict=False):
-            self.claim(value, labels, size)
+    def record_sizes(self, values: Sequence[Any], tensor: Tensor, start: int = 0) -> None:
+        """Record that integers are the sizes of consecutive dims."""
+        dims = self.recording.dims_of(tensor)[start:]
+        for value, labels, size in zip(values, dims, tensor.shape[start:], strict=False):
+            self.record_size(value, labels, size)
 
-    def first(self, value: Any, labels: Labels | None, size: int) -> None:
-        """Note that a number counts the first positions of a dim, or the last where it is negative."""
-        if isinstance(value, Number) and 0 < int(value) <= size:
-            part = None if labels is None else labels[: int(value)]
-            self.claims.append(Claim(value.source, int(value), part, self.stack[-1][0]))
-
-
-_Function = types.FunctionType
-_PYTHON = {"multi_head_attention_forward", "_in_projection_packed", "_in_projection"}
-"""Functions of torch that are written in Python and do arithmetic with sizes inside."""
-_opened: dict[Any, Callable[..., Any]] = {}
+    def record_bound(self, value: Any, labels: Labels | None, size: int) -> None:
+        """Record that an integer bounds a slice: it counts the positions before the bound."""
+        if isinstance(value, TracedInt) and 0 < int(value) <= size:
+            before = None if labels is None else labels[: int(value)]
+            self.uses.append(SizeUse(value.source, before, self.stack[-1][0]))
 
 
-_ROLES = {
+_PYTHON_FUNCTIONS = {"multi_head_attention_forward", "_in_projection_packed", "_in_projection"}
+"""Functions of torch that are written in Python and compute with sizes."""
+_copies: dict[Any, Callable[..., Any]] = {}
+
+
+def _without_overrides(func: Any) -> Callable[..., Any]:
+    """Return a copy of a Python function of torch in which the calls it makes reach the active modes.
+
+    The original would hand itself to the mode as one call again.
+    """
+    if func not in _copies:
+        never = lambda *_, **__: False  # noqa: E731
+        names = ("has_torch_function", "has_torch_function_variadic", "has_torch_function_unary")
+        space = {**func.__globals__, **dict.fromkeys(names, never)}
+        copied = FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+        copied.__kwdefaults__ = func.__kwdefaults__
+        _copies[func] = copied
+    return _copies[func]
+
+
+_COUNTING_ARGUMENTS = {
     **{f"conv{t}{n}d": ("groups", 6) for t in ("", "_transpose") for n in (1, 2, 3)},
     "group_norm": ("num_groups", 1),
     "layer_norm": ("normalized_shape", 1),
     "rms_norm": ("normalized_shape", 1),
 }
-"""Arguments that count channels without being the size of a dim: name and position."""
+"""Function -> name and position of an argument that counts channels but is not the size of a dim."""
 
 
-def _roles(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    if name not in _ROLES:
+def _counting_arguments(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    if name not in _COUNTING_ARGUMENTS:
         return {}
-    role, place = _ROLES[name]
-    return {role: args[place] if len(args) > place else kwargs.get(role)}
-
-
-def _open(func: Any) -> Callable[..., Any]:
-    """Return a copy of a Python function of torch that does not ask for overrides of itself, so that we see inside."""
-    if func not in _opened:
-        never = lambda *_, **__: False  # noqa: E731
-        names = ("has_torch_function", "has_torch_function_variadic", "has_torch_function_unary")
-        space = {**func.__globals__, **dict.fromkeys(names, never)}
-        copied = types.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
-        copied.__kwdefaults__ = func.__kwdefaults__
-        _opened[func] = copied
-    return _opened[func]
+    argument, place = _COUNTING_ARGUMENTS[name]
+    return {argument: args[place] if len(args) > place else kwargs.get(argument)}
 
 
 def _is_shape(func: Any) -> bool:
     return getattr(func, "__name__", "") == "__get__" and getattr(func, "__self__", None) is torch.Tensor.shape
 
 
-def _numbers(value: Any) -> Iterator[Number]:
-    if isinstance(value, Number):
-        yield value
+def _traced_ints(value: Any) -> Iterator[bool]:
+    """Yield ``True`` for every traced integer in nested tuples, lists and slices."""
+    if isinstance(value, TracedInt):
+        yield True
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _numbers(item)
+            yield from _traced_ints(item)
     elif isinstance(value, slice):
-        yield from _numbers((value.start, value.stop))
+        yield from _traced_ints((value.start, value.stop))
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
     return [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
 
 
-def _given(args: Any, kwargs: Any, *names: str) -> list[Any]:
-    """The sizes that a call was given after its tensor, by position or by name."""
+def _given_sizes(args: Any, kwargs: Any, *names: str) -> list[Any]:
+    """Return the sizes that a call was given after its tensor, by position or by name."""
     values = [*args[1:], *(kwargs[name] for name in names if name in kwargs)]
     return _flat([v for v in values if isinstance(v, (int, tuple, list))])
 
 
-def _view(watch: ClaimWatch, args: Any, kwargs: Any, out: Any) -> None:
+def _view(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Any) -> None:
     if isinstance(out, Tensor):
-        watch.sizes(_given(args, kwargs, "shape", "size"), out)
+        recorder.record_sizes(_given_sizes(args, kwargs, "shape", "size"), out)
 
 
-def _create(watch: ClaimWatch, args: Any, kwargs: Any, out: Any) -> None:
+def _create(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Any) -> None:
     if isinstance(out, Tensor):
-        watch.sizes(_flat([v for v in (*args, kwargs.get("size")) if isinstance(v, (int, tuple, list))]), out)
+        sizes = [v for v in (*args, kwargs.get("size")) if isinstance(v, (int, tuple, list))]
+        recorder.record_sizes(_flat(sizes), out)
 
 
-def _unflatten(watch: ClaimWatch, args: Any, kwargs: Any, out: Tensor) -> None:
+def _unflatten(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     sizes = args[2] if len(args) > 2 else kwargs["sizes"]
-    watch.sizes(sizes, out, dim % args[0].ndim)
+    recorder.record_sizes(sizes, out, dim % args[0].ndim)
 
 
-def _split(watch: ClaimWatch, args: Any, kwargs: Any, out: Any) -> None:
+def _split(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Any) -> None:
     x = args[0]
     names = ("split_size_or_sections", "split_size", "split_sizes")
     sizes = args[1] if len(args) > 1 else next(kwargs[n] for n in names if n in kwargs)
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
-    pieces = flat_tensors(out)
-    for value, piece in zip(sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(pieces), pieces, strict=False):
-        watch.claim(value, watch.run.dims_of(piece)[dim], piece.shape[dim])
+    parts = flat_tensors(out)
+    for value, part in zip(sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(parts), parts, strict=False):
+        recorder.record_size(value, recorder.recording.dims_of(part)[dim], part.shape[dim])
 
 
-def _narrow(watch: ClaimWatch, args: Any, kwargs: Any, out: Tensor) -> None:
+def _narrow(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Tensor) -> None:
     x, dim, start, length = (*args, *(kwargs[n] for n in ("dim", "start", "length") if n in kwargs))[:4]
     dim = dim % x.ndim
-    watch.first(start, watch.run.dims_of(x)[dim], x.shape[dim])
-    watch.claim(length, watch.run.dims_of(out)[dim], out.shape[dim])
+    recorder.record_bound(start, recorder.recording.dims_of(x)[dim], x.shape[dim])
+    recorder.record_size(length, recorder.recording.dims_of(out)[dim], out.shape[dim])
 
 
-def _index(watch: ClaimWatch, args: Any, kwargs: Any, out: Any) -> None:
+def _index(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Any) -> None:
     x, key = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     dim = 0
     for place, item in enumerate(key):
@@ -198,12 +209,12 @@ def _index(watch: ClaimWatch, args: Any, kwargs: Any, out: Any) -> None:
             dim = x.ndim - sum(k is not None for k in key[place + 1 :])
         elif item is not None:
             if isinstance(item, slice) and item.step in (None, 1) and dim < x.ndim:
-                for end in (item.start, item.stop):
-                    watch.first(end, watch.run.dims_of(x)[dim], x.shape[dim])
+                for bound in (item.start, item.stop):
+                    recorder.record_bound(bound, recorder.recording.dims_of(x)[dim], x.shape[dim])
             dim += 1
 
 
-_HANDLERS: dict[str, Callable[[ClaimWatch, Any, Any, Any], None]] = {
+_HANDLERS: dict[str, Callable[[SizeUseRecorder, Any, Any, Any], None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "_unsafe_view", "broadcast_to"), _view),
     **dict.fromkeys(("zeros", "ones", "empty", "full", "randn", "rand", "new_zeros", "new_ones", "new_empty"), _create),
     "unflatten": _unflatten,

@@ -1,10 +1,10 @@
-"""Python integers that remember where they came from.
+"""Python integers that remember where they come from.
 
-Sizes leave the world of tensors: ``B, N, C = x.shape`` and ``x.view(B, N, self.num_heads, C // self.num_heads)`` pass
-through Python, where no operator sees them. During the first run the integer attributes of modules, and what
-``x.shape`` returns, are therefore *numbers*: integers that know the attribute or the labels they stand for, through
-sums, products and quotients. Where a number is used as the size of a labelled dim, that is a *claim*: so many
-positions must remain there.
+Models compute sizes in Python: ``B, N, C = x.shape`` and ``x.view(B, N, self.num_heads, C // self.num_heads)``. No
+operator sees this arithmetic. During the first run the integer attributes of modules and the entries of ``x.shape``
+are therefore :class:`TracedInt`: integers with a *source*. The source names the attribute or the labels that the value
+stands for, and survives sums, differences, products and quotients. Where such an integer is used as the size of a
+labelled dim, a :class:`widthkit.trace.size_uses.SizeUse` is recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from widthkit.trace.labels import Labels
 
 
 @dataclass(frozen=True)
-class Attribute:
+class AttributeSource:
     """An integer attribute of a module, or one element of a tuple or list."""
 
     path: str
@@ -29,54 +29,54 @@ class Attribute:
 
 
 @dataclass(frozen=True, eq=False)
-class Size:
-    """The number of positions that are left of these labels."""
+class DimSource:
+    """The number of positions that remain of these labels."""
 
     labels: Labels
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """What an operation on two sources or plain integers gave."""
+class ComputedSource:
+    """The result of an operation (``"add"``, ``"sub"``, ``"mul"`` or ``"floordiv"``)."""
 
     kind: str
     left: Source | int
     right: Source | int
 
 
-Source = Attribute | Size | Result
+Source = AttributeSource | DimSource | ComputedSource
 
 
-class Number(int):
-    """An integer with a source; arithmetic with integers keeps it."""
+class TracedInt(int):
+    """An integer with a source; arithmetic with other integers gives traced integers."""
 
     source: Source
 
-    def __new__(cls, value: int, source: Source) -> Number:
-        """Make a number of a value and a source."""
-        number = super().__new__(cls, value)
-        number.source = source
-        return number
+    def __new__(cls, value: int, source: Source) -> TracedInt:
+        """Make a traced integer."""
+        traced = super().__new__(cls, value)
+        traced.source = source
+        return traced
 
     def __hash__(self) -> int:
         return int.__hash__(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        """Copies and pickles are plain integers."""
+        """Copy and pickle as a plain integer."""
         return int, (int(self),)
 
 
 def source_of(value: Any) -> Source | int:
-    """Return the source of a number, or a plain integer itself."""
-    return value.source if isinstance(value, Number) else int(value)
+    """Return the source of a traced integer, or a plain integer itself."""
+    return value.source if isinstance(value, TracedInt) else int(value)
 
 
-def _arithmetic(kind: str, function: Callable[[int, int], int], swapped: bool) -> Callable[[Number, Any], Any]:
-    def combine(self: Number, other: Any) -> Any:
+def _arithmetic(kind: str, function: Callable[[int, int], int], swapped: bool) -> Callable[[TracedInt, Any], Any]:
+    def combine(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             return NotImplemented
         a, b = (other, self) if swapped else (self, other)
-        return Number(function(int(a), int(b)), Result(kind, source_of(a), source_of(b)))
+        return TracedInt(function(int(a), int(b)), ComputedSource(kind, source_of(a), source_of(b)))
 
     return combine
 
@@ -87,8 +87,8 @@ for _kind, _function in (
     ("mul", operator.mul),
     ("floordiv", operator.floordiv),
 ):
-    setattr(Number, f"__{_kind}__", _arithmetic(_kind, _function, False))
-    setattr(Number, f"__r{_kind}__", _arithmetic(_kind, _function, True))
+    setattr(TracedInt, f"__{_kind}__", _arithmetic(_kind, _function, False))
+    setattr(TracedInt, f"__r{_kind}__", _arithmetic(_kind, _function, True))
 
 
 _GEOMETRY = {"kernel_size", "stride", "padding", "dilation", "output_padding", "output_size"}
@@ -100,32 +100,38 @@ def integer_attributes(module: nn.Module) -> Iterator[tuple[str, int | None, int
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name in _GEOMETRY:
             continue
-        if _counts(value):
+        if _may_count(value):
             yield name, None, value
         elif type(value) in (tuple, list):
             for i, item in enumerate(value):
-                if _counts(item):
+                if _may_count(item):
                     yield name, i, item
 
 
-def _counts(value: Any) -> bool:
+def _may_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
-def install(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Turn the integer attributes of all modules into numbers; return ``(module, name, old value)`` for each.
+def install_traced_ints(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Replace the integer attributes of all modules by traced integers.
 
-    The model is a copy that belongs to the trace.
+    Args:
+        model: A copy that the tracer may change.
+
+    Returns:
+        ``(module, attribute, old value)`` of everything that was replaced.
     """
-    old = []
+    replaced = []
     for path, module in model.named_modules():
         table = vars(module)
         for name in {name for name, _, _ in integer_attributes(module)}:
             value = table[name]
-            old.append((module, name, value))
+            replaced.append((module, name, value))
             if isinstance(value, int):
-                table[name] = Number(value, Attribute(path, name, None))
+                table[name] = TracedInt(value, AttributeSource(path, name, None))
             else:
-                items = [Number(v, Attribute(path, name, i)) if _counts(v) else v for i, v in enumerate(value)]
+                items = [
+                    TracedInt(v, AttributeSource(path, name, i)) if _may_count(v) else v for i, v in enumerate(value)
+                ]
                 table[name] = type(value)(items)
-    return old
+    return replaced

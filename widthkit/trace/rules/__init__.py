@@ -1,12 +1,12 @@
 """Coupling rules: one function per operator family, found by operator name.
 
-Built-in rules live in the modules of this package; strangers add theirs through the entry-point group
+Built-in rules live in the modules of this package. Other packages register theirs through the entry-point group
 ``widthkit.rules`` or the decorator ``widthkit.trace.rules.RULES.register("my_operator")``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -19,7 +19,7 @@ _BUILTIN: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register one of widthkit's own rules for several operator names."""
+    """Register a built-in rule for several operator names."""
 
     def add(function: Rule) -> Rule:
         for name in names:
@@ -31,9 +31,12 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def find(func: torch._ops.OpOverload) -> Rule | None:
-    """Return the rule for an operator: a stranger's, a built-in one, or the element-wise rule by ATen's own tag."""
+    """Return the rule for an operator, ``None`` without one.
+
+    Registered rules come first, then built-in ones, then the element-wise rule for operators that ATen tags so.
+    """
     name = func.overloadpacket.__name__
-    if name in _user_rules():
+    if name in RULES.names():
         return RULES.get(name)
     if name in _BUILTIN:
         return _BUILTIN[name]
@@ -45,18 +48,19 @@ def find(func: torch._ops.OpOverload) -> Rule | None:
     return None
 
 
-def known() -> Iterable[str]:
-    """List the operator names that have a rule of their own."""
-    return sorted({*_BUILTIN, *_user_rules()})
-
-
-def _user_rules() -> list[str]:
-    return RULES.names()
-
-
-def load_builtin() -> None:
+def _load_builtin() -> None:
     """Import the modules that hold the built-in rules."""
-    from widthkit.trace.rules import contract, convolve, move, normalize, pointwise, reduce, resize  # noqa: F401
+    from widthkit.trace.rules import (  # noqa: F401
+        contract,
+        convolve,
+        indexing,
+        joining,
+        normalize,
+        pointwise,
+        reduce,
+        resize,
+        views,
+    )
 
 
-load_builtin()
+_load_builtin()

@@ -1,4 +1,4 @@
-"""Matrix products, all as one contraction over letters: linear, matmul, einsum, attention, embedding."""
+"""Matrix products, all as one contraction over letters as in einsum; attention, recurrent layers, embeddings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ LETTERS = string.ascii_letters
 def contract(ctx: OpContext, operands: Sequence[tuple[Tensor, str]], count: bool = True) -> dict[str, Labels]:
     """Tie dims that share a letter and count the product of all letters as MACs.
 
+    Args:
+        ctx: The operator call.
+        operands: Every tensor with one letter per dim.
+        count: Whether to count MACs.
+
     Returns:
-        Labels of every letter that carries some.
+        Letter -> labels, for letters of labelled dims.
     """
     sizes: dict[str, int] = {}
     labels: dict[str, Labels] = {}
@@ -42,7 +47,7 @@ def _product(ctx: OpContext, a: Tensor, b: Tensor) -> tuple[tuple[Labels | None,
     batch = LETTERS[: max(a.ndim, b.ndim, 2) - 2]
     left = "k" if a.ndim == 1 else "mk"
     right = "k" if b.ndim == 1 else "kn"
-    # Capital letters keep batch dims apart from m, k and n.
+    # Batch dims get capital letters, which differ from m, k and n.
     left = (batch.upper()[-(a.ndim - 2) :] if a.ndim > 2 else "") + left
     right = (batch.upper()[-(b.ndim - 2) :] if b.ndim > 2 else "") + right
     out = batch.upper() + ("m" if a.ndim > 1 else "") + ("n" if b.ndim > 1 else "")
@@ -59,7 +64,7 @@ def matmul(ctx: OpContext) -> None:
 
 @rule("addmm", "baddbmm", "addbmm", "addmv")
 def matmul_plus(ctx: OpContext) -> None:
-    """Matrix product plus a tensor that broadcasts."""
+    """Add a tensor that broadcasts to a matrix product."""
     extra, a, b = ctx.tensors()[:3]
     ctx.set(ctx.out, _product(ctx, a, b)[0])
     ctx.set(ctx.out, broadcast_tie(ctx, [ctx.out, extra], ctx.out))
@@ -82,12 +87,12 @@ def linear(ctx: OpContext) -> None:
 
 @rule("einsum")
 def einsum(ctx: OpContext) -> None:
-    """Tie by letter; more than two operands count as one product of all letters."""
+    """Tie dims that share a letter; more than two operands count as one product of all letters."""
     equation, tensors = ctx.arg("equation").replace(" ", ""), ctx.tensors()
     left, _, right = equation.partition("->")
     if "..." in equation or (not right and "->" not in equation):
         for t in tensors:
-            ctx.freeze_tensor(t, f"has an equation that is not spelled out ({equation})")
+            ctx.freeze_tensor(t, f"has an equation with implied dims ({equation})")
         return
     labels = contract(ctx, list(zip(tensors, left.split(","), strict=True)))
     ctx.set(ctx.out, tuple(labels.get(letter) for letter in right))
@@ -99,9 +104,9 @@ def attention(ctx: OpContext) -> None:
     q, k, v = ctx.arg("query"), ctx.arg("key"), ctx.arg("value")
     batch = LETTERS[26 : 26 + q.ndim - 2]
     if k.ndim != q.ndim or v.ndim != q.ndim or not _broadcasts(q, k):
-        # Whole groups of heads would have to go together with their keys.
+        # All query heads of a key would have to be dropped together with it.
         for t in (q, k, v):
-            ctx.freeze_tensor(t, "groups its queries")
+            ctx.freeze_tensor(t, "shares keys between groups of query heads")
         ctx.macs([(None, n) for n in (*ctx.out.shape[:-1], k.shape[-2], q.shape[-1] + v.shape[-1])])
         return
     scores = contract(ctx, [(q, f"{batch}le"), (k, f"{batch}se")])
@@ -122,7 +127,7 @@ def attention(ctx: OpContext) -> None:
 
 
 def _broadcasts(q: Tensor, k: Tensor) -> bool:
-    """Whether keys belong to the same heads as queries, or one key to all of them (multi-query attention)."""
+    """Whether every head has its own key, or all heads share one (multi-query attention)."""
     return all(n == m or 1 in (n, m) for m, n in zip(q.shape[:-2], k.shape[:-2], strict=True))
 
 
@@ -130,7 +135,7 @@ def _broadcasts(q: Tensor, k: Tensor) -> bool:
 def recurrent(ctx: OpContext) -> None:
     """Keep recurrent layers whole, and count every weight matrix once per token."""
     matrices = [t for t in ctx.arg("params", (ctx.arg("w_ih"), ctx.arg("w_hh"))) if t.ndim == 2]
-    # A packed sequence has its tokens in a row; the last dim is read by the first layer.
+    # Also right for a packed sequence, whose dims are tokens and features.
     x = ctx.arg("data", ctx.arg("input"))
     for t in ctx.tensors():
         ctx.freeze_tensor(t, "is kept whole")
@@ -139,7 +144,7 @@ def recurrent(ctx: OpContext) -> None:
 
 @rule("embedding")
 def embedding(ctx: OpContext) -> None:
-    """Rows are looked up by token and stay; columns are channels."""
+    """Freeze the rows, which tokens look up; the columns are channels."""
     weight, indices = ctx.arg("weight"), ctx.arg("indices")
     rows, columns = ctx.dims(weight)
     ctx.freeze(rows, "looks rows up by index")

@@ -13,13 +13,13 @@ from widthkit.trace.rules import rule
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def named_convolution(ctx: OpContext) -> None:
-    """Handle the composite operators; string padding (``"same"``, ``"valid"``) arrives here too."""
+    """Handle the composite operators, which may have string padding (``"same"``, ``"valid"``)."""
     _convolve(ctx, transposed=ctx.name.startswith("conv_transpose"))
 
 
 @rule("convolution", "_convolution")
 def convolution(ctx: OpContext) -> None:
-    """Handle the one operator behind all convolutions."""
+    """Handle the general operator that implements all convolutions."""
     _convolve(ctx, transposed=bool(ctx.arg("transposed")))
 
 
@@ -43,7 +43,7 @@ def _convolve(ctx: OpContext, *, transposed: bool) -> None:
     ctx.attribute("in_channels", x_dims[channel])
     ctx.attribute("out_channels", result)
     space = _space(ctx, channel)
-    # Positions that a kernel visits one by one may be channels themselves, as in lambda layers.
+    # In lambda layers a dim that the kernel slides along holds channels.
     counted = (x if transposed else out).shape
     lead = [(x_dims[d], counted[d]) for d in range(channel)]
     places = lead + [(labels, counted[channel + 1 + i]) for i, labels in enumerate(space)]
@@ -53,9 +53,10 @@ def _convolve(ctx: OpContext, *, transposed: bool) -> None:
 
 
 def _grouped(ctx: OpContext, source: tuple[Labels | None, int], groups: int, transposed: bool) -> Labels | None:
-    """Couple a grouped convolution: the same position of every group, or whole groups, whichever is freer.
+    """Couple a grouped convolution: drop the same positions of every group, or whole groups.
 
-    With one input channel per group (depthwise) only whole groups are possible for the input.
+    The solver takes what leaves more free. With one input channel per group (depthwise) the input can only lose whole
+    groups.
     """
     weight, out_size = ctx.arg("weight"), ctx.out.shape[ctx.out.ndim - (ctx.arg("weight").ndim - 2) - 1]
     n_in, n_out = source[1] // groups, out_size // groups
@@ -66,7 +67,7 @@ def _grouped(ctx: OpContext, source: tuple[Labels | None, int], groups: int, tra
         ctx.freeze(x, f"reads a dim of fixed size {source[1]}")
     if transposed:
         if own is not None:
-            ctx.run.store.tie(x, own)
+            ctx.recording.store.tie(x, own)
         y, inner_in, inner_out = ctx.new(out_size), None, other
     else:
         y, inner_in, inner_out = own if own is not None else ctx.new(out_size), other, None
@@ -99,11 +100,11 @@ def _across(rows: Labels, inner: Labels | None) -> tuple[tuple[Labels, Labels], 
 
 
 def _space(ctx: OpContext, channel: int) -> list[Labels | None]:
-    """Labels of the spatial dims: they pass only where the kernel is a point that visits every position."""
+    """Return the labels of the spatial dims; they pass only where a kernel of size 1 visits every position."""
     x, weight = ctx.arg("input"), ctx.arg("weight")
     n = weight.ndim - 2
     stride, kernel = _tuple(ctx.arg("stride", 1), n), weight.shape[2:]
-    # A point needs no padding to keep its size, so "same" and "valid" both mean none.
+    # For a kernel of size 1 both "same" and "valid" mean no padding.
     padding = _tuple(ctx.arg("padding", 0), n)
     space: list[Labels | None] = []
     for i, labels in enumerate(ctx.dims(x)[channel + 1 :]):

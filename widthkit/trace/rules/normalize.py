@@ -1,4 +1,4 @@
-"""Normalisations tie their affine parameters and statistics with the channels they scale."""
+"""Normalisations: affine parameters and statistics are tied with the channels they scale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def channel_norm(ctx: OpContext) -> None:
 
 @rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
 def layer_norm(ctx: OpContext) -> None:
-    """Tie the last dims with the affine parameters; the mean over channels adapts to how many are left."""
+    """Tie the last dims with the affine parameters; statistics are taken over the remaining channels."""
     x = ctx.arg("input")
     n = len(ctx.arg("normalized_shape"))
     dims = list(ctx.dims(x))
@@ -40,7 +40,7 @@ def layer_norm(ctx: OpContext) -> None:
 
 @rule("group_norm", "native_group_norm")
 def group_norm(ctx: OpContext) -> None:
-    """Keep equal counts in every norm group, or drop whole norm groups."""
+    """Drop the same positions of every norm group, or whole norm groups."""
     x = ctx.arg("input")
     groups = int(ctx.arg("num_groups", ctx.arg("group", 1)))
     dims = list(ctx.dims(x))
@@ -63,6 +63,6 @@ def group_norm(ctx: OpContext) -> None:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(ctx: OpContext) -> None:
-    """Scale every slice of a weight to the length that a vector gives."""
+    """Tie a weight with the vector that says how long its slices are."""
     direction, length = ctx.tensors()[:2]
     ctx.set(ctx.outputs()[0], broadcast_tie(ctx, [direction, length], direction))

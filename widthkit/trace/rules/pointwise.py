@@ -1,4 +1,4 @@
-"""Element-wise operators tie what meets; creating and copying operators."""
+"""Element-wise operators, which tie their operands; creating and copying tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from widthkit.trace.rules import rule
 
 
 def broadcast_tie(ctx: OpContext, tensors: list[Tensor], out: Tensor) -> tuple[Labels | None, ...]:
-    """Tie the operands dim by dim under NumPy's broadcasting rules and return the labels of the result."""
+    """Tie the operands dim by dim, as they broadcast, and return the labels of the result."""
     result: list[Labels | None] = []
     for back in range(out.ndim, 0, -1):
         sides = [(ctx.dims(t)[-back], t.shape[-back]) for t in tensors if t.ndim >= back]
@@ -22,7 +22,7 @@ def broadcast_tie(ctx: OpContext, tensors: list[Tensor], out: Tensor) -> tuple[L
 
 @rule("to", "type_as", "_to_copy")
 def convert(ctx: OpContext) -> None:
-    """Let all dims pass; another tensor only lends its type."""
+    """Pass all labels; a second tensor only gives its type."""
     ctx.set(ctx.out, ctx.dims(ctx.tensors()[0]))
 
 
@@ -87,7 +87,7 @@ def convert(ctx: OpContext) -> None:
     "softmax_backward",
 )
 def pointwise(ctx: OpContext) -> None:
-    """Tie all operands with one another; dims that broadcast are left alone."""
+    """Tie all operands; dims that broadcast stay untied."""
     tensors = ctx.tensors()
     for out in ctx.outputs():
         if all(t.ndim <= out.ndim for t in tensors):
@@ -99,7 +99,7 @@ def pointwise(ctx: OpContext) -> None:
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "normalize")
 def same_shape(ctx: OpContext) -> None:
-    """Mix positions of one dim and keep its size: permutation-equivariant, so labels pass."""
+    """Pass all labels: the operator mixes positions of one dim but commutes with permutations of it."""
     ctx.set(ctx.out, ctx.dims(ctx.tensors()[0]))
 
 
@@ -116,14 +116,14 @@ def prelu(ctx: OpContext) -> None:
 
 @rule("copy")
 def copy(ctx: OpContext) -> None:
-    """Write one tensor into another: what is written must keep the place's size."""
+    """Tie the written tensor with the one that it is written to."""
     target, source = ctx.tensors()[:2]
     ctx.set(ctx.out, broadcast_tie(ctx, [target, source], target))
 
 
 @rule("index_put", "_index_put_impl")
 def index_put(ctx: OpContext) -> None:
-    """Write rows into places picked by index: the dims behind the indexed ones must keep their sizes."""
+    """Freeze the indexed dims, and tie the dims behind them with those of the written values."""
     target, values, indices = ctx.arg("self"), ctx.arg("values"), ctx.arg("indices")
     dims, written = list(ctx.dims(target)), ctx.dims(values)
     n_indexed = sum(i.ndim if i.dtype == torch.bool else 1 for i in indices if i is not None)
@@ -157,7 +157,7 @@ def index_put(ctx: OpContext) -> None:
     "new_empty_strided",
 )
 def create(ctx: OpContext) -> None:
-    """Give a fresh tensor fresh labels: its sizes follow whatever is written into it."""
+    """Give a new tensor new labels: its sizes follow what is written into it."""
     for out in ctx.outputs():
         like = ctx.tensors()[0] if ctx.name.endswith("_like") and ctx.tensors() else None
         ctx.set(out, ctx.dims(like) if like is not None else tuple(ctx.new(n) if n > 1 else None for n in out.shape))
@@ -165,17 +165,17 @@ def create(ctx: OpContext) -> None:
 
 @rule("arange", "linspace", "logspace", "range", "eye", "tril_indices", "triu_indices", "randperm", "hann_window")
 def enumerate_positions(ctx: OpContext) -> None:
-    """Number positions: each has a value of its own, so none can be exchanged or dropped."""
+    """Leave positions fixed: each has its own value, so none can be exchanged or dropped."""
 
 
 @rule("sym_size", "sym_numel", "sym_stride", "size", "dim", "numel", "is_nonzero", "_local_scalar_dense", "item")
-def ask(ctx: OpContext) -> None:
-    """Questions about a tensor that return Python values tie nothing."""
+def python_value(ctx: OpContext) -> None:
+    """Tie nothing: these operators return Python values."""
 
 
 @rule("fill", "zero", "uniform", "normal", "trunc_normal", "random", "record_stream", "set")
 def overwrite(ctx: OpContext) -> None:
     """Overwrite a tensor in place with values of its own shape."""
     for out in ctx.outputs():
-        if id(out) not in ctx.run.dims and ctx.tensors():
+        if id(out) not in ctx.recording.dims and ctx.tensors():
             ctx.set(out, ctx.dims(ctx.tensors()[0]))

@@ -1,12 +1,13 @@
-"""Reductions drop dims and let the others pass."""
+"""Reductions drop dims and pass the labels of the others."""
 
 from __future__ import annotations
 
 from widthkit.trace.context import OpContext
 from widthkit.trace.labels import Labels
 from widthkit.trace.rules import rule
+from widthkit.trace.rules.pointwise import pointwise
 
-_INDEX = {"argmax", "argmin", "sort", "argsort", "topk", "cumsum", "cumprod", "median", "kthvalue", "mode", "unique"}
+_RETURN_INDICES = {"argmax", "argmin", "median"}
 
 
 @rule(
@@ -37,11 +38,9 @@ _INDEX = {"argmax", "argmin", "sort", "argsort", "topk", "cumsum", "cumprod", "m
     "count_nonzero",
 )
 def reduction(ctx: OpContext) -> None:
-    """Drop the reduced dims; an index into channels is no channel, so argmax along channels freezes them."""
+    """Drop the reduced dims. Operators such as argmax return indices into a dim, which freezes it."""
     x = ctx.tensors()[0]
     if ctx.arg("other") is not None and len(ctx.tensors()) > 1:
-        from widthkit.trace.rules.pointwise import pointwise
-
         pointwise(ctx)
         return
     dim = ctx.arg("dim")
@@ -50,23 +49,23 @@ def reduction(ctx: OpContext) -> None:
     else:
         reduced = {d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])}
     dims = ctx.dims(x)
-    if ctx.name in _INDEX:
+    if ctx.name in _RETURN_INDICES:
         for d in reduced:
             ctx.freeze(dims[d], "returns positions along this dim")
     keep = bool(ctx.arg("keepdim", False))
-    left: list[Labels | None] = []
+    kept: list[Labels | None] = []
     for d, labels in enumerate(dims):
         if d not in reduced:
-            left.append(labels)
+            kept.append(labels)
         elif keep:
-            left.append(None)
+            kept.append(None)
     for out in ctx.outputs():
-        ctx.set(out, tuple(left))
+        ctx.set(out, tuple(kept))
 
 
 @rule("cumsum", "cumprod", "sort", "argsort", "topk", "kthvalue", "cummax", "cummin", "logcumsumexp")
 def ordered(ctx: OpContext) -> None:
-    """Operators that depend on the order along a dim freeze it."""
+    """Freeze the dim along whose order the result depends."""
     x = ctx.tensors()[0]
     dims = list(ctx.dims(x))
     d = int(ctx.arg("dim", -1)) % max(x.ndim, 1)

@@ -1,4 +1,4 @@
-"""Pooling and resizing: batch and channels pass, the dims that are resized must be fixed."""
+"""Pooling and resizing: labels of batch and channels pass, resized dims are frozen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from widthkit.trace.rules import rule
     "_upsample_lanczos2d_aa",
 )
 def resize(ctx: OpContext) -> None:
-    """Let all dims before the spatial ones pass and freeze what is resized."""
+    """Pass the labels of all dims before the spatial ones, and freeze those that are resized."""
     found = re.search(r"(\d)d", ctx.name)
     assert found is not None
     n = int(found.group(1))
@@ -44,7 +44,7 @@ def resize(ctx: OpContext) -> None:
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def grid_sample(ctx: OpContext) -> None:
-    """Batch and channels of the input pass; the grid is coordinates."""
+    """Pass the labels of the input's batch and channels; the grid holds coordinates."""
     x, grid = ctx.tensors()[:2]
     dims = ctx.dims(x)
     for labels in (*dims[2:], *ctx.dims(grid)[1:]):
@@ -54,7 +54,7 @@ def grid_sample(ctx: OpContext) -> None:
 
 @rule("roi_align", "roi_pool")
 def regions(ctx: OpContext) -> None:
-    """Cut boxes out of feature maps: channels pass; boxes and what they index stay."""
+    """Pass the channels of feature maps; freeze the boxes and the dims that they cut."""
     x, boxes = ctx.tensors()[:2]
     batch, channels, *space = ctx.dims(x)
     for labels in (batch, *space):

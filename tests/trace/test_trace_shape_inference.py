@@ -1,4 +1,4 @@
-"""What the tracer makes up on the meta device is what PyTorch returns: shape, type, strides; errors stay errors."""
+"""Shape inference agrees with PyTorch: shape, type, strides; calls that raise still raise."""
 
 import itertools
 
@@ -7,22 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from widthkit.trace.quick import _OTHERS, _POINTWISE, quick
+from widthkit.trace.shape_inference import HANDLERS, POINTWISE, infer
 
 
 class _Compared(TorchDispatchMode):
-    """Asks for every call's quick result, compares it with PyTorch's, and counts those that there were."""
+    """Infers the result of every call, compares it with PyTorch's, and notes which operators were answered."""
 
     def __init__(self):
         super().__init__()
-        self.quick, self.slow = set(), set()
+        self.inferred, self.left_to_pytorch = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        found = quick(func, args, kwargs)
+        found = infer(func, args, kwargs)
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        (self.slow if found is None else self.quick).add(name)
+        (self.left_to_pytorch if found is None else self.inferred).add(name)
         if found is not None:
             pairs = list(zip(found, out, strict=True)) if isinstance(out, tuple) else [(found, out)]
             for own, theirs in pairs:
@@ -91,14 +91,14 @@ VALID = {
 def test_results_are_pytorchs(name):
     with torch.inference_mode(), _Compared() as seen:
         VALID[name]()
-    assert name in seen.quick, f"{name} was not answered quickly, so nothing was compared"
+    assert name in seen.inferred, f"{name} was left to PyTorch, so nothing was compared"
 
 
 def test_every_operator_is_compared():
-    assert {n.removesuffix("_") for n in VALID} == _POINTWISE | set(_OTHERS)
+    assert {n.removesuffix("_") for n in VALID} == POINTWISE | set(HANDLERS)
 
 
-DOUBTFUL = {
+UNUSUAL = {
     "types": lambda: X + X.double(),
     "integers": lambda: empty(3, dtype=torch.int64) / 2,
     "comparison into floats": lambda: X.mul(X > 0),
@@ -128,10 +128,10 @@ DOUBTFUL = {
 }
 
 
-@pytest.mark.parametrize("name", DOUBTFUL)
-def test_what_is_out_of_the_ordinary_agrees_too(name):
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_calls_agree_too(name):
     with torch.inference_mode(), _Compared():
-        DOUBTFUL[name]()
+        UNUSUAL[name]()
 
 
 WRONG = {
@@ -167,11 +167,11 @@ def test_wrong_calls_are_left_to_pytorch(name):
         WRONG[name]()
 
 
-def test_strangers_operators_of_a_known_name_are_asked():
+def test_other_namespaces_are_left_to_pytorch():
     with torch.library._scoped_library("widthkit_test", "DEF") as library:
         library.define("mish(Tensor x) -> Tensor")
         library.impl("mish", lambda x: x[:, ::2], "Meta")
-        assert quick(torch.ops.widthkit_test.mish.default, (X,), {}) is None
+        assert infer(torch.ops.widthkit_test.mish.default, (X,), {}) is None
 
 
 def test_shapes_that_broadcast_or_not_in_all_pairs():
@@ -182,7 +182,7 @@ def test_shapes_that_broadcast_or_not_in_all_pairs():
             expected = torch.broadcast_shapes(a, b)
         except RuntimeError:
             expected = None
-        found = quick(torch.ops.aten.add.Tensor, (left, right), {})
+        found = infer(torch.ops.aten.add.Tensor, (left, right), {})
         if found is not None:
             assert found.shape == expected, (a, b)
             assert found.stride() == (left + right).stride(), (a, b)
