@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.learn.run import read_json, records
+from benchmarks.learn.records import read_json, supernet_records
 from widthkit.bench.files import write
 from widthkit.files import atomic_write
 
@@ -81,7 +81,7 @@ def _seed_noise(runs: Any) -> float | None:
 def _strategies(folder: Path, numbers: list[int], correlate: Any) -> list[dict[str, Any]]:
     cost = read_json(folder / "cost.json")["rows"] if (folder / "cost.json").exists() else []
     rows = {row["strategy"]: dict(row) for row in cost}
-    for record in records(folder, "supernet"):
+    for record in supernet_records(folder):
         row = rows.setdefault(record["strategy"], {"strategy": record["strategy"]})
         # A loss that is not finite is null in a record: the worst score there is.
         scores = [-math.inf if record["score"][n] is None else record["score"][n] for n in numbers]
@@ -91,9 +91,9 @@ def _strategies(folder: Path, numbers: list[int], correlate: Any) -> list[dict[s
     return list(rows.values())
 
 
-def write_tables(out: Path) -> None:
-    """Write ``learn.json`` and ``learn.md`` from whatever records are there."""
-    folders = sorted(path.parent for path in out.glob("*/setup.json"))
+def write_tables(folder: Path, out: Path) -> None:
+    """Write ``learn.json`` and ``learn.md`` to ``out``, from all records in the folders of ``folder``."""
+    folders = sorted(path.parent for path in folder.glob("*/setup.json"))
     tables = [table for table in map(summarise, folders) if table is not None]
     write(out / "learn.json", "learn", tables)
     atomic_write(out / "learn.md", "\n".join(map(markdown, tables)).encode())
