@@ -68,6 +68,7 @@ def run(models: list[str], size: int, batch: int, repeats: int, memory: str, dev
             f"gain {row['gain']:.2f} ({row['cpu_gain']:.2f} by process time); bound {row['bound']:.2f} "
             f"({row['gain'] / row['bound']:.0%} of it); kept at most {row['kept_bytes'] / 1e6:.0f} MB",
             highlight=False,
+            soft_wrap=True,
         )
         write(out, "greedy", rows, device, size=size, batch=batch, repeats=repeats, memory=memory, pages_kept=kept)
 

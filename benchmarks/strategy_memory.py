@@ -107,6 +107,7 @@ def run(model: str, size: int, batch: int, names: list[str], out: Path | None) -
             f"{name}: peak {row['peak_bytes'] / 2**20:.1f} MiB, over the step {row['total_bytes'] / 2**20:.1f} MiB, "
             f"all paths in one backward {row['one_backward_bytes'] / 2**20:.1f} MiB ({share:.2f} of it)",
             highlight=False,
+            soft_wrap=True,
         )
     write(out, "strategy-memory", rows, model=model, image_size=size, batch=batch, widths="the model's own")
 

@@ -53,5 +53,5 @@ def test_a_wrong_graph_is_noticed():
     # The head reads the same units, but in another order than their producer writes them.
     wrong = replace(right, dims=(right.dims[0], Positions(right.dims[1].group, right.dims[1].rank[::-1].copy())))
     broken = replace(graph, tensors={**graph.tensors, "head.weight": wrong})
-    with pytest.raises(oracles.OracleError, match="off by .*, with all groups permuted"):
+    with pytest.raises(oracles.OracleError, match=r"off by .*, with all groups permuted"):
         check_network(model, broken, x, np.random.default_rng(0))
