@@ -1,4 +1,4 @@
-"""How well score models rank networks whose true accuracy is known (Channel-Bench-Macro)."""
+"""Measure how well score models rank networks whose accuracy is known (Channel-Bench-Macro)."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Row:
     """One line of the table.
 
     Args:
-        scores: Whose published scores; ``-`` for none.
+        scores: Name of the published scores; ``-`` for none.
         evaluations: How many of them the method saw.
         calibration: Which networks were trained: ``none``, ``random`` or ``design``, the latter inside the budget.
-        method: Who ranks.
+        method: The score model, or what else ranks.
         tau: Kendall's tau over all networks against the mean of three trainings, averaged over seeds.
         tau_std: Its standard deviation over seeds.
         regret: How far the network picked inside the budget is below the highest mean of three trainings there.
         expected_regret: The same on the ground truth without the noise of training (:func:`denoised`).
-        unseen_regret: The same as ``regret``, the pick's accuracy taken from the trainings that the method did not see.
+        unseen_regret: As ``regret``, with the pick's accuracy from the trainings that the method did not see.
     """
 
     scores: str
@@ -92,7 +92,7 @@ class Benchmark:
         return Row(scores, len(some), calibration, method, tau, spread, regret, expected, unseen)
 
     def guided(self, scores: str, values: FloatArray, n: int, model: str) -> Row:
-        """Let a search choose what to evaluate, and pick; the published scores stand for the supernet."""
+        """Let a search choose the networks to evaluate, and pick one; published scores stand in for the supernet."""
         place = {tuple(w): i for i, w in enumerate(self.bench.widths.tolist())}
         space, nobody = self.bench.space, np.zeros(0, dtype=np.int64)
 
@@ -162,8 +162,8 @@ class Benchmark:
 def denoised(bench: ChannelBench) -> FloatArray:
     """Return ``[n]``: the ground truth smoothed by regression on all trainings.
 
-    On powers of the log widths up to the third and all their products of two groups up to the second; the residuals are
-    then as large as the noise of three trainings, so that nothing but noise is lost.
+    The regressors are powers of the log widths up to the third, and products of the log widths of two groups. The
+    residuals are as large as the noise of three trainings, so only noise is lost.
     """
     x = np.log(bench.widths / bench.widths.max(0))
     n = x.shape[1]
@@ -177,7 +177,7 @@ def denoised(bench: ChannelBench) -> FloatArray:
 def run(
     folder: Path, name: str, scores: list[Path] | None, seeds: int, share: float, models: list[str], out: Path | None
 ) -> list[Row]:
-    """Fill the table, print it, and write it down."""
+    """Fill the table, print it, and write it to a file."""
     bench = load(folder, name)
     table = Benchmark(bench, share, seeds)
     files = scores if scores is not None else sorted(folder.glob("published_scores_*.json"))
@@ -218,7 +218,7 @@ def _of_scores(table: Benchmark, name: str, values: FloatArray, models: list[str
 
 
 def _ceiling(table: Benchmark) -> dict[str, float]:
-    """What a perfect model would reach: the denoised truth against the measured one."""
+    """Return what a perfect model reaches: the denoised truth against the measured one."""
     nobody = np.zeros(0, dtype=np.int64)
     tau, regret, _, _ = table.judge(table.smooth, nobody, nobody)
     return {"tau": tau, "regret": regret}

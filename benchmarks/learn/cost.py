@@ -1,4 +1,4 @@
-"""What one training step of every strategy costs: runs, time, memory."""
+"""Measure what one training step of every strategy costs: runs, time, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every export format on several models: does it come out, how far off is it, how long does it take."""
+"""Export several models in every format: whether that works, how far off the result is, how long it takes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(models: list[str], formats: list[str], dtype: str | None, size: int, dev
 
 
 def half(name: str, size: int, options: dict[str, Any]) -> nn.Module:
-    """Return a model at half of every width, its batch norms recalibrated on noise so that outputs are not tiny."""
+    """Return a model at half of every width; batch norms are recalibrated on noise, or outputs would be tiny."""
     torch.manual_seed(0)
     dense = create_model(name, **options)
     net = make_supernet(dense, "ua", example_inputs=(1, 3, size, size))
@@ -58,7 +58,7 @@ def half(name: str, size: int, options: dict[str, Any]) -> nn.Module:
 def measure(
     slim: nn.Module, format_: str, dtype: str | None, size: int, device: str, model: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Export one network in one format; the row says how far the file is from the network."""
+    """Export one network in one format; the row holds the difference between the file and the network."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
