@@ -56,11 +56,11 @@ def zoo(
     ] = None,
 ) -> None:
     """Trace, shrink, export and check every model of a library, each in a process of its own."""
-    from benchmarks.zoo.isolated import Limits
+    from benchmarks.zoo.isolated import Allowance
     from benchmarks.zoo.run import Selection, run
 
     selection = Selection(source, only or [], shard, sample, seed)
-    run(selection, peer, resume, _file(out or selection.file), Limits(timeout, memory))
+    run(selection, peer, resume, _file(out or selection.file), Allowance(timeout, memory))
 
 
 @app.command("fuzz")

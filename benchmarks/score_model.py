@@ -31,7 +31,7 @@ Predict = Callable[[Observations, Observations | None], FloatArray]
 
 
 @dataclass(frozen=True)
-class Row:
+class Ranking:
     """One line of the table.
 
     Args:
@@ -76,7 +76,7 @@ class Benchmark:
         if not len(self.inside):
             raise DataError(f"no network of {bench.name} has at most {share:g} of the largest one's MACs")
 
-    def row(self, scores: str, values: FloatArray, n: int, calibration: str, method: str) -> Row:
+    def row(self, scores: str, values: FloatArray, n: int, calibration: str, method: str) -> Ranking:
         """Run one method over the seeds (once where nothing is drawn)."""
         known = np.flatnonzero(np.isfinite(values))
         drawn = calibration != "none" or 0 < n < len(known)
@@ -89,9 +89,9 @@ class Benchmark:
             found.append([*self.judge(prediction, real, run)])
         tau, regret, expected, unseen = np.mean(found, axis=0).tolist()
         spread = float(np.std([f[0] for f in found]))
-        return Row(scores, len(some), calibration, method, tau, spread, regret, expected, unseen)
+        return Ranking(scores, len(some), calibration, method, tau, spread, regret, expected, unseen)
 
-    def guided(self, scores: str, values: FloatArray, n: int, model: str) -> Row:
+    def guided(self, scores: str, values: FloatArray, n: int, model: str) -> Ranking:
         """Let a search choose the networks to evaluate, and pick one; published scores stand in for the supernet."""
         place = {tuple(w): i for i, w in enumerate(self.bench.widths.tolist())}
         space, nobody = self.bench.space, np.zeros(0, dtype=np.int64)
@@ -111,7 +111,7 @@ class Benchmark:
             tau = self.judge(search.model.predict(self.bench.widths).mean, nobody, nobody)[0]
             found.append([tau, *self.regrets(pick, nobody, nobody)])
         tau, regret, expected, unseen = np.mean(found, axis=0).tolist()
-        return Row(
+        return Ranking(
             scores, n, "none", f"search, {model}", tau, float(np.std(found, axis=0)[0]), regret, expected, unseen
         )
 
@@ -176,7 +176,7 @@ def denoised(bench: ChannelBench) -> FloatArray:
 
 def run(
     folder: Path, name: str, scores: list[Path] | None, seeds: int, share: float, models: list[str], out: Path | None
-) -> list[Row]:
+) -> list[Ranking]:
     """Fill the table, print it, and write it to a file."""
     bench = load(folder, name)
     table = Benchmark(bench, share, seeds)
@@ -206,7 +206,7 @@ def run(
     return rows
 
 
-def _of_scores(table: Benchmark, name: str, values: FloatArray, models: list[str]) -> list[Row]:
+def _of_scores(table: Benchmark, name: str, values: FloatArray, models: list[str]) -> list[Ranking]:
     everything = int(np.isfinite(values).sum())
     rows = [table.row(name, values, everything, "none", "raw scores")]
     for n in (*EVALUATIONS, everything):
@@ -230,7 +230,7 @@ def _libraries() -> dict[str, str]:
     return {name: version(name) for name in ("scikit-learn", "scipy", "numpy")}
 
 
-def _print(rows: list[Row], table: Benchmark) -> None:
+def _print(rows: list[Ranking], table: Benchmark) -> None:
     shown = Table(
         box=None, title=f"{table.bench.name}: {len(table.truth)} networks, budget {table.budget}, {table.seeds} seeds"
     )

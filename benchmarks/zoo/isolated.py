@@ -1,4 +1,4 @@
-"""Measure one model in a process of its own, within limits of time and memory."""
+"""Measure one model in a process of its own that may take so much time and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.zoo.one import Row, measure
 
 
 @dataclass(frozen=True)
-class Limits:
+class Allowance:
     """What one model may take.
 
     Args:
@@ -28,7 +28,7 @@ class Limits:
     gigabytes: float = 8
 
 
-def isolated(name: str, peer: str | None, limits: Limits) -> Row:
+def isolated(name: str, peer: str | None, allowance: Allowance) -> Row:
     """Measure one model in a forked process, and kill the process when it exceeds a limit."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -46,7 +46,7 @@ def isolated(name: str, peer: str | None, limits: Limits) -> Row:
             # widthkit is through; the peer has a time of its own.
             start, spent = time.perf_counter(), time.perf_counter() - start
         row = update or row
-        failure = _excess(child.pid, time.perf_counter() - start, limits)
+        failure = _excess(child.pid, time.perf_counter() - start, allowance)
     if failure is not None:
         child.kill()
     child.join()
@@ -61,12 +61,12 @@ def isolated(name: str, peer: str | None, limits: Limits) -> Row:
     return row
 
 
-def _excess(pid: int | None, seconds: float, limits: Limits) -> str | None:
+def _excess(pid: int | None, seconds: float, allowance: Allowance) -> str | None:
     """Say which limit a process exceeds, if it exceeds one."""
-    if seconds > limits.seconds:
-        return f"took longer than {limits.seconds:g} s"
-    if _resident_gb(pid) > limits.gigabytes:
-        return f"took more than {limits.gigabytes:g} GB"
+    if seconds > allowance.seconds:
+        return f"took longer than {allowance.seconds:g} s"
+    if _resident_gb(pid) > allowance.gigabytes:
+        return f"took more than {allowance.gigabytes:g} GB"
     return None
 
 

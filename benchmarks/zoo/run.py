@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.zoo.isolated import Limits, isolated
+from benchmarks.zoo.isolated import Allowance, isolated
 from benchmarks.zoo.names import ALL, model_names
 from benchmarks.zoo.one import Row
 from benchmarks.zoo.table import markdown, verdict
@@ -45,7 +45,7 @@ class Selection:
         return Path(__file__).parent / f"zoo-{self.source if self.sample is None else 'sample'}.jsonl"
 
 
-def run(selection: Selection, peer: str | None, resume: bool, out: Path | None, limits: Limits) -> None:
+def run(selection: Selection, peer: str | None, resume: bool, out: Path | None, allowance: Allowance) -> None:
     """Measure every selected model, write JSON lines as they come and a Markdown table at the end.
 
     Args:
@@ -53,7 +53,7 @@ def run(selection: Selection, peer: str | None, resume: bool, out: Path | None, 
         peer: Also let this library halve every model.
         resume: Go on with the file at ``out``.
         out: File of JSON lines; the table is written beside it.
-        limits: What one model may take.
+        allowance: What one model may take.
 
     Raises:
         OptionError: If the selection makes no sense, or the file exists and ``resume`` is not set.
@@ -67,7 +67,7 @@ def run(selection: Selection, peer: str | None, resume: bool, out: Path | None, 
     console = Console()
     _import_everything(peer)
     for number, name in enumerate(todo, start=1):
-        row = isolated(name, peer, limits)
+        row = isolated(name, peer, allowance)
         rows.append(row)
         if out is not None:
             _append(out, row)

@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.oracles import why_not
 from benchmarks.zoo import run as zoo
 from benchmarks.zoo.build import build, fill, runs
-from benchmarks.zoo.isolated import Limits, isolated
+from benchmarks.zoo.isolated import Allowance, isolated
 from benchmarks.zoo.names import model_names
 from benchmarks.zoo.one import measure
 from benchmarks.zoo.smaller import shorten, small
@@ -82,7 +82,7 @@ def test_the_cut_oracle_knows_its_limits():
     ("timeout", "memory", "said"), [(0.0, 8.0, "longer than 0 s"), (60.0, 0.001, "more than 0.001 GB")]
 )
 def test_a_model_that_takes_too_much_is_stopped(timeout, memory, said):
-    assert said in isolated("timm/test_resnet", None, Limits(timeout, memory))["error"]
+    assert said in isolated("timm/test_resnet", None, Allowance(timeout, memory))["error"]
 
 
 def test_what_a_peer_breaks_is_the_peers(monkeypatch):
@@ -90,7 +90,7 @@ def test_what_a_peer_breaks_is_the_peers(monkeypatch):
 
     # A peer that kills its process takes nothing with it: the process is a fork, so only the child sees this.
     monkeypatch.setattr(torch_pruning.pruner, "BasePruner", lambda *_, **__: os._exit(3))
-    row = isolated("timm/test_resnet", "torch-pruning", Limits(120, 8))
+    row = isolated("timm/test_resnet", "torch-pruning", Allowance(120, 8))
     assert "error" not in row
     assert row["peer"]["error"] == "the process died (exit code 3)"
     assert 0 < row["peer"]["own_seconds"] < row["seconds"] + 1

@@ -16,7 +16,7 @@ from widthkit.bench.files import write
 from widthkit.errors import ExportError
 from widthkit.export import export, save
 from widthkit.modules.models import create_model
-from widthkit.supernet import make_supernet
+from widthkit.trace import trace
 from widthkit.train import recalibrate
 
 DEFAULT = (
@@ -49,8 +49,8 @@ def half(name: str, size: int, options: dict[str, Any]) -> nn.Module:
     """Return a model at half of every width; batch norms are recalibrated on noise, or outputs would be tiny."""
     torch.manual_seed(0)
     dense = create_model(name, **options)
-    net = make_supernet(dense, "ua", example_inputs=(1, 3, size, size))
-    slim = export(net, {g.name: max(1, g.width // 2) for g in net.space.groups})
+    graph = trace(dense, (1, 3, size, size))
+    slim = export(dense, {name: max(1, width // 2) for name, width in graph.full.items()}, graph=graph)
     recalibrate(slim, [(torch.randn(16, 3, size, size), None)])
     return slim.eval()
 

@@ -79,8 +79,8 @@ def measure(name: str, size: int, batch: int, repeats: int, device: str) -> dict
 
 
 def _half(name: str, device: str) -> Supernet:
-    """Return a supernet at half of every width; its sub-networks are the leading units of every group."""
-    net = make_supernet(create_model(name).train(), "ua").to(device).train()
+    """Return a supernet of the default strategy at half of every width, on its first path."""
+    net = make_supernet(create_model(name).train()).to(device).train()
     return net.set_widths({g.name: max(1, g.width // 2) for g in net.space.groups})
 
 
