@@ -1,4 +1,4 @@
-"""``widthkit bench step``, ``trace`` and ``formats`` on a small model: files with versions, device and sensible rows."""
+"""``widthkit bench step``, ``trace`` and ``formats`` on a small model: files with versions, device and rows."""
 
 import json
 from functools import partial
