@@ -1,1 +1,1 @@
-"""Benchmarks that verify widthkit itself; results lie beside the code."""
+"""Benchmarks that verify widthkit itself; results lie beside the code. ``python -m benchmarks --help`` lists them."""

@@ -1,7 +1,7 @@
 """Channel-Bench-Macro: spaces of 16,384 widths, every network of which was trained three times on CIFAR-10.
 
-The networks are built here and traced, so that spaces and costs come the same way as any user's; the files' own counts
-of multiply-adds are compared with the graph's.
+The networks are built here and traced, so that spaces and costs are made as for any model; the multiply-adds in the
+files are compared with those of the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RUNS = 3
 
 
 class _Residual(nn.Module):
-    """A body and, where the shape stays, a skip."""
+    """A body and, if the shape stays, a skip connection."""
 
     def __init__(self, body: nn.Module, skip: bool) -> None:
         super().__init__()

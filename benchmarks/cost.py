@@ -1,17 +1,19 @@
-"""How long it takes to price many width vectors."""
+"""Measure how long it takes to price many width vectors."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from widthkit.bench.files import write
+from widthkit.latency.timing import interleaved
 from widthkit.modules.models import create_model
 from widthkit.trace import trace
+
+_REPEATS = 11
 
 
 def run(name: str, vectors: int, out: Path | None) -> None:
@@ -19,11 +21,7 @@ def run(name: str, vectors: int, out: Path | None) -> None:
     graph = trace(create_model(name))
     rng = np.random.default_rng(0)
     widths = rng.integers(1, graph.group_widths + 1, size=(vectors, len(graph.group_widths)))
-    seconds = []
-    for _ in range(11):
-        start = time.perf_counter()
-        graph.macs(widths)
-        seconds.append(time.perf_counter() - start)
+    seconds = interleaved({"macs": lambda: graph.macs(widths)}, repeats=_REPEATS)["macs"]
     row = {"model": name, "vectors": vectors, "milliseconds": 1000 * statistics.median(seconds)}
     Console().print(f"{name}: {vectors} width vectors priced in {row['milliseconds']:.1f} ms", highlight=False)
     write(out, "cost", [row])

@@ -1,9 +1,8 @@
-"""What sharing saves: one greedy round judged candidate by candidate, and together."""
+"""Measure what sharing saves: one greedy round judged candidate by candidate, and together."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from benchmarks.common import timed
 from widthkit.bench.files import write
 from widthkit.graph import ChannelGraph
 from widthkit.latency.timing import keep_pages
@@ -31,8 +31,9 @@ def bounds(graph: ChannelGraph, candidates: Sequence[Mapping[str, int]]) -> tupl
         candidates: Width vectors that differ from their common widths (per group the widest) in one group each.
 
     Returns:
-        All MACs of all candidates over the MACs of the layers behind each one's first changed layer, that layer
-        included; and the same with what the candidates share counted once, which no program can beat.
+        Two ratios of all MACs of all candidates. The first is over the MACs of the layers behind each candidate's first
+        changed layer, that layer included. The second also counts what the candidates share, once; no program can
+        be faster than that.
 
     >>> from torch import nn
     >>> from widthkit.trace import trace
@@ -55,7 +56,7 @@ def run(models: list[str], size: int, batch: int, repeats: int, memory: str, dev
     """Measure and print the gain for every model.
 
     Both ways take turns, candidate by candidate, so that a busy machine disturbs both alike; the gain is the ratio of
-    their times over all candidates. ``cpu_gain`` is the same with the process's own time.
+    their times over all candidates. ``cpu_gain`` is the same for the process's own time.
     """
     kept = keep_pages()
     rows = []
@@ -67,6 +68,7 @@ def run(models: list[str], size: int, batch: int, repeats: int, memory: str, dev
             f"gain {row['gain']:.2f} ({row['cpu_gain']:.2f} by process time); bound {row['bound']:.2f} "
             f"({row['gain'] / row['bound']:.0%} of it); kept at most {row['kept_bytes'] / 1e6:.0f} MB",
             highlight=False,
+            soft_wrap=True,
         )
         write(out, "greedy", rows, device, size=size, batch=batch, repeats=repeats, memory=memory, pages_kept=kept)
 
@@ -91,9 +93,9 @@ def measure(name: str, size: int, batch: int, repeats: int, memory: str, device:
     for _ in range(repeats):
         together = judge.many(candidates)
         for _ in candidates:
-            (place, shared), seconds = _timed(partial(next, together), device)
+            (place, shared), seconds = timed(partial(next, together), device)
             times["shared"].append(seconds)
-            plain, seconds = _timed(partial(alone, candidates[place]), device)
+            plain, seconds = timed(partial(alone, candidates[place]), device)
             times["plain"].append(seconds)
             assert plain == shared, "a shared loss differs from the plain one"
     bound, attainable = bounds(net.graph, candidates)
@@ -112,12 +114,3 @@ def measure(name: str, size: int, batch: int, repeats: int, memory: str, device:
         "unshared": judge.unshared,
         "kept_bytes": judge.kept_bytes,
     }
-
-
-def _timed(call: Callable[[], Any], device: str) -> tuple[Any, tuple[float, float]]:
-    """Return what a call returns, and its seconds: on the clock, and of the process."""
-    start = time.perf_counter(), time.process_time()
-    found = call()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return found, (time.perf_counter() - start[0], time.process_time() - start[1])

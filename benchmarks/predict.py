@@ -1,24 +1,29 @@
-"""How well the latency of unseen widths is predicted, and the memory."""
+"""Measure how well the latency of unseen widths is predicted, and how long a prediction takes."""
 
 from __future__ import annotations
 
+import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
 from widthkit.bench.files import write
 from widthkit.export import export
-from widthkit.graph import ChannelGraph, FloatArray, IntArray
+from widthkit.graph import ChannelGraph, IntArray
 from widthkit.latency import Conditions, LatencyModel
 from widthkit.latency.model import N_NETWORKS, random_widths, spread_widths
+from widthkit.latency.timing import interleaved
 from widthkit.modules.models import create_model
 from widthkit.trace import trace
 
 DEFAULT = ["torchvision/resnet18", "torchvision/mobilenet_v2", "timm/efficientnet_b0"]
+FloatArray = npt.NDArray[np.float64]
 
 
 def run(models: list[str], size: int, conditions: Conditions, networks: int, out: Path | None, seed: int = 1) -> None:
@@ -51,8 +56,8 @@ def run(models: list[str], size: int, conditions: Conditions, networks: int, out
 def measure(name: str, size: int, conditions: Conditions, networks: int, seed: int) -> dict[str, Any]:
     """Measure one model: tables first (if the cache lacks them), then whole networks in turns.
 
-    The networks of the correction and those that it has not seen take turns, so that a machine that changes its speed
-    between two measurements is no error of the prediction.
+    The networks of the correction and the unseen ones take turns, so that a change of the machine's speed does not look
+    like an error of the prediction.
     """
     model = create_model(name).eval()
     graph = trace(model, (1, 3, size, size))
@@ -60,12 +65,12 @@ def measure(name: str, size: int, conditions: Conditions, networks: int, seed: i
     start = time.perf_counter()
     latency.sums(graph.vector())
     tables = time.perf_counter()
-    known, rng = spread_widths(graph, N_NETWORKS), np.random.default_rng(seed)
+    correcting, rng = spread_widths(graph, N_NETWORKS), np.random.default_rng(seed)
     drawn = random_widths(graph, rng.uniform(0.15, 0.95, networks).tolist(), rng)
-    built = {str(i): export(model, widths, graph=graph) for i, widths in enumerate([*known, *drawn])}
+    built = {str(i): export(model, widths, graph=graph) for i, widths in enumerate([*correcting, *drawn])}
     times = list(latency.measure_ms(built).values())
-    latency.correct(known, times[: len(known)])
-    measured = times[len(known) :]
+    latency.correct(correcting, times[: len(correcting)])
+    measured = times[len(correcting) :]
     predicted = latency.predict_ms(drawn)
     end = time.perf_counter()
     return {
@@ -97,11 +102,11 @@ def _errors(predicted: FloatArray, measured: FloatArray) -> dict[str, float]:
 
 
 def _macs_only(latency: LatencyModel, graph: ChannelGraph, drawn: list[dict[str, int]], measured: FloatArray) -> float:
-    """Median error of what needs no tables: a line through MACs, fitted on the networks of the correction."""
-    known = latency.cache.networks(latency.key)
-    seconds = np.array([row["seconds"] for row in known])
-    x, y = graph.macs([row["widths"] for row in known]) / seconds, 1 / seconds
-    line, *_ = np.linalg.lstsq(np.stack([y, x], axis=1), np.ones(len(known)), rcond=None)
+    """Return the median error without tables: of a line through MACs, fitted on the networks of the correction."""
+    rows = latency.cache.networks(latency.key)
+    seconds = np.array([row["seconds"] for row in rows])
+    x, y = graph.macs([row["widths"] for row in rows]) / seconds, 1 / seconds
+    line, *_ = np.linalg.lstsq(np.stack([y, x], axis=1), np.ones(len(rows)), rcond=None)
     guessed = 1000 * (line[0] + line[1] * graph.macs(drawn))
     return float(np.median(np.abs(guessed / measured - 1)))
 
@@ -110,10 +115,6 @@ def _speed(latency: LatencyModel, vectors: IntArray) -> dict[str, float]:
     many = np.resize(vectors, (1000, vectors.shape[1]))
     found = {}
     for key, widths in (("predict_one_ms", vectors[0]), ("predict_1000_ms", many)):
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            latency.predict_ms(widths)
-            seconds.append(time.perf_counter() - start)
-        found[key] = 1000 * sorted(seconds)[2]
+        seconds = interleaved({key: partial(latency.predict_ms, widths)}, repeats=5, warmup=0)[key]
+        found[key] = 1000 * statistics.median(seconds)
     return found

@@ -1,4 +1,4 @@
-"""How well score models rank networks whose true accuracy is known (Channel-Bench-Macro)."""
+"""Measure how well score models rank networks whose accuracy is known (Channel-Bench-Macro)."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ Predict = Callable[[Observations, Observations | None], FloatArray]
 
 
 @dataclass(frozen=True)
-class Row:
+class Ranking:
     """One line of the table.
 
     Args:
-        scores: Whose published scores; ``-`` for none.
+        scores: Name of the published scores; ``-`` for none.
         evaluations: How many of them the method saw.
         calibration: Which networks were trained: ``none``, ``random`` or ``design``, the latter inside the budget.
-        method: Who ranks.
+        method: The score model, or what else ranks.
         tau: Kendall's tau over all networks against the mean of three trainings, averaged over seeds.
         tau_std: Its standard deviation over seeds.
         regret: How far the network picked inside the budget is below the highest mean of three trainings there.
         expected_regret: The same on the ground truth without the noise of training (:func:`denoised`).
-        unseen_regret: The same as ``regret``, the pick's accuracy taken from the trainings that the method did not see.
+        unseen_regret: As ``regret``, with the pick's accuracy from the trainings that the method did not see.
     """
 
     scores: str
@@ -76,7 +76,7 @@ class Benchmark:
         if not len(self.inside):
             raise DataError(f"no network of {bench.name} has at most {share:g} of the largest one's MACs")
 
-    def row(self, scores: str, values: FloatArray, n: int, calibration: str, method: str) -> Row:
+    def row(self, scores: str, values: FloatArray, n: int, calibration: str, method: str) -> Ranking:
         """Run one method over the seeds (once where nothing is drawn)."""
         known = np.flatnonzero(np.isfinite(values))
         drawn = calibration != "none" or 0 < n < len(known)
@@ -89,10 +89,10 @@ class Benchmark:
             found.append([*self.judge(prediction, real, run)])
         tau, regret, expected, unseen = np.mean(found, axis=0).tolist()
         spread = float(np.std([f[0] for f in found]))
-        return Row(scores, len(some), calibration, method, tau, spread, regret, expected, unseen)
+        return Ranking(scores, len(some), calibration, method, tau, spread, regret, expected, unseen)
 
-    def guided(self, scores: str, values: FloatArray, n: int, model: str) -> Row:
-        """Let a search choose what to evaluate, and pick; the published scores stand for the supernet."""
+    def guided(self, scores: str, values: FloatArray, n: int, model: str) -> Ranking:
+        """Let a search choose the networks to evaluate, and pick one; published scores stand in for the supernet."""
         place = {tuple(w): i for i, w in enumerate(self.bench.widths.tolist())}
         space, nobody = self.bench.space, np.zeros(0, dtype=np.int64)
 
@@ -111,7 +111,7 @@ class Benchmark:
             tau = self.judge(search.model.predict(self.bench.widths).mean, nobody, nobody)[0]
             found.append([tau, *self.regrets(pick, nobody, nobody)])
         tau, regret, expected, unseen = np.mean(found, axis=0).tolist()
-        return Row(
+        return Ranking(
             scores, n, "none", f"search, {model}", tau, float(np.std(found, axis=0)[0]), regret, expected, unseen
         )
 
@@ -162,8 +162,8 @@ class Benchmark:
 def denoised(bench: ChannelBench) -> FloatArray:
     """Return ``[n]``: the ground truth smoothed by regression on all trainings.
 
-    On powers of the log widths up to the third and all their products of two groups up to the second; the residuals are
-    then as large as the noise of three trainings, so that nothing but noise is lost.
+    The regressors are powers of the log widths up to the third, and products of the log widths of two groups. The
+    residuals are as large as the noise of three trainings, so only noise is lost.
     """
     x = np.log(bench.widths / bench.widths.max(0))
     n = x.shape[1]
@@ -176,8 +176,8 @@ def denoised(bench: ChannelBench) -> FloatArray:
 
 def run(
     folder: Path, name: str, scores: list[Path] | None, seeds: int, share: float, models: list[str], out: Path | None
-) -> list[Row]:
-    """Fill the table, print it, and write it down."""
+) -> list[Ranking]:
+    """Fill the table, print it, and write it to a file."""
     bench = load(folder, name)
     table = Benchmark(bench, share, seeds)
     files = scores if scores is not None else sorted(folder.glob("published_scores_*.json"))
@@ -206,7 +206,7 @@ def run(
     return rows
 
 
-def _of_scores(table: Benchmark, name: str, values: FloatArray, models: list[str]) -> list[Row]:
+def _of_scores(table: Benchmark, name: str, values: FloatArray, models: list[str]) -> list[Ranking]:
     everything = int(np.isfinite(values).sum())
     rows = [table.row(name, values, everything, "none", "raw scores")]
     for n in (*EVALUATIONS, everything):
@@ -218,7 +218,7 @@ def _of_scores(table: Benchmark, name: str, values: FloatArray, models: list[str
 
 
 def _ceiling(table: Benchmark) -> dict[str, float]:
-    """What a perfect model would reach: the denoised truth against the measured one."""
+    """Return what a perfect model reaches: the denoised truth against the measured one."""
     nobody = np.zeros(0, dtype=np.int64)
     tau, regret, _, _ = table.judge(table.smooth, nobody, nobody)
     return {"tau": tau, "regret": regret}
@@ -230,7 +230,7 @@ def _libraries() -> dict[str, str]:
     return {name: version(name) for name in ("scikit-learn", "scipy", "numpy")}
 
 
-def _print(rows: list[Row], table: Benchmark) -> None:
+def _print(rows: list[Ranking], table: Benchmark) -> None:
     shown = Table(
         box=None, title=f"{table.bench.name}: {len(table.truth)} networks, budget {table.budget}, {table.seeds} seeds"
     )

@@ -1,13 +1,11 @@
-"""How good searchers are: against brute force, as starting populations, and in speed."""
+"""Measure how good searchers are: against brute force, by their first populations, and by their speed."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,16 @@ import numpy as np
 from rich.console import Console
 from torch import nn
 
+from benchmarks.common import ask_and_tell, timed
 from widthkit.bench.files import write
 from widthkit.budget import Budget, parse_budget
 from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace, uniform_space
 from widthkit.modules.models import create_model
-from widthkit.search.build import make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement
-from widthkit.search.journal import Journal
-from widthkit.search.loop import run_loop
-from widthkit.search.near_budget import BAND
 from widthkit.search.result import Trial
-from widthkit.search.searcher import SEARCHERS, Searcher
-from widthkit.search.top_up import best_inside, filler
+from widthkit.search.searcher import SEARCHERS
+from widthkit.search.top_up import filler
 from widthkit.supernet import make_supernet
 from widthkit.trace import trace
 from widthkit.train import load_data, make_loader, train
@@ -36,10 +31,12 @@ from widthkit.train.losses import cross_entropy
 
 _NOISE = 0.05
 """Standard deviation of the noise in simulated training losses."""
+NEAR_BUDGET = 0.97
+"""A network that uses more than this share of a budget is near it; results must be, where the space has one."""
 
 
 class SyntheticScore:
-    """A cheap score with a known optimum: concave in every width, coupled between neighbours, a little rugged.
+    """A cheap score with a known optimum: concave in every width, coupled between neighbours, slightly rugged.
 
     ``-(sum_l a_l (1 - r_l)^2 + sum_l b_l (r_l - r_{l+1})^2) / L + ripple``, with r_l the share of group l's width.
 
@@ -64,10 +61,9 @@ class SyntheticScore:
         ripple = self._ripple[(widths * np.arange(1, widths.shape[1] + 1) ** 3).sum(axis=1) % len(self._ripple)]
         return np.asarray(ripple - loss)
 
-    def judge(self, widths: Mapping[str, int]) -> Judgement:
-        """Score one width vector, as the search's loop wants it."""
-        score = float(self(np.array([[widths[name] for name in self.space.names]]))[0])
-        return Judgement(score, -score, None)
+    def of(self, widths: Mapping[str, int]) -> float:
+        """Score one width vector."""
+        return float(self(np.array([[widths[name] for name in self.space.names]]))[0])
 
     def history(self, n: int, seed: int, keep: int = 100) -> list[WidthRecord]:
         """Simulate a supernet's training: random widths, noisy losses, the best of them."""
@@ -82,57 +78,53 @@ def every_point(space: SearchSpace) -> IntArray:
     return np.array(list(itertools.product(*(g.options for g in space.groups))), dtype=np.int64)
 
 
-def build(name: str, space: SearchSpace, budget: Budget, seed: int, history: Sequence[WidthRecord]) -> Searcher:
-    """Build a searcher with its own defaults; it gets the history if it wants one."""
-    cls = SEARCHERS.get(name)
-    given = {"history": history} if "history" in inspect.signature(cls).parameters else {}
-    return cls(space, budget, np.random.default_rng(seed), **given)
+def searched(name: str, score: SyntheticScore, budget: Budget, seed: int, most: int) -> dict[tuple[int, ...], float]:
+    """Search as :func:`widthkit.search` does, top up to the budget included, but end after ``most`` networks.
+
+    The searcher has its own defaults, and a simulated history if it wants one.
+    """
+    space, history = score.space, {"history": score.history(500, seed)}
+    searcher = SEARCHERS.build(name, {}, space, budget, np.random.default_rng(seed), offered=history)
+    judged = ask_and_tell(searcher, score.of, most)
+    rest = filler(space, budget, [_trial(space, widths, value) for widths, value in judged.items()], seed)
+    return judged | ({} if rest is None else ask_and_tell(rest, score.of))
 
 
-def searched(engine: Searcher, judge: Callable[[Mapping[str, int]], Judgement], seed: int, most: int) -> list[Trial]:
-    """Run a search as :func:`widthkit.search` does, but end it after ``most`` different networks."""
-    known: dict[str, Judgement] = {}
-
-    def counted(widths: Mapping[str, int]) -> Judgement:
-        if len(known) >= most:
-            raise _EnoughError
-        return judge(widths)
-
-    trials: list[Trial] = []
-    with suppress(_EnoughError):
-        run_loop(engine, engine.space.graph, counted, Journal(None, ""), known, [lambda t, _: trials.append(t)])
-    rest = filler(engine.space, engine.budget, trials, seed)
-    return trials + ([] if rest is None else run_loop(rest, engine.space.graph, judge, Journal(None, ""), known))
+def _trial(space: SearchSpace, vector: tuple[int, ...], score: float) -> Trial:
+    widths = dict(zip(space.names, vector, strict=True))
+    return Trial(widths, score, -score, None, space.graph.macs(widths), space.graph.params(widths))
 
 
-class _EnoughError(Exception):
-    pass
+def best_within(space: SearchSpace, budget: Budget, judged: Mapping[tuple[int, ...], float]) -> tuple[float, float]:
+    """Return score and usage of the best network near the budget; of the best one inside if none is near it."""
+    usage = np.asarray(budget.usage(space.graph, np.array(list(judged)))).reshape(-1)
+    scores = np.array(list(judged.values()))
+    near = (usage <= 1) & (usage > NEAR_BUDGET)
+    scores[~(near if near.any() else usage <= 1)] = -np.inf
+    best = int(scores.argmax())
+    return float(scores[best]), float(usage[best])
 
 
 def gaps(space: SearchSpace, budget: Budget, names: Sequence[str], seeds: int, most: int) -> list[dict[str, Any]]:
-    """Compare searchers with brute force; a gap of 0 is the best network in the band, 1 the mean one inside."""
+    """Compare searchers with brute force; a gap of 0 is the best network near the budget, 1 the mean one inside."""
     points = every_point(space)
     usage = np.asarray(budget.usage(space.graph, points))
     rows: dict[str, list[tuple[float, int, float]]] = {name: [] for name in names}
     for seed in range(seeds):
         score = SyntheticScore(space, seed)
         scores = score(points)
-        in_band = (usage <= 1) & (usage > BAND)
-        best = scores[in_band if in_band.any() else usage <= 1].max()
-        blind = scores[usage <= 1].mean()
+        best, _ = best_within(space, budget, dict(zip(map(tuple, points.tolist()), scores.tolist(), strict=True)))
+        mean = scores[usage <= 1].mean()
         for name in names:
-            trials = searched(build(name, space, budget, seed, score.history(500, seed)), score.judge, seed, most)
-            found = best_inside(space, budget, trials, BAND) or best_inside(space, budget, trials)
-            assert found is not None
-            judged = len({tuple(t.widths.values()) for t in trials})
-            used = float(budget.usage(space.graph, found.widths))
-            rows[name].append((float((best - found.score) / (best - blind)), judged, used))
+            judged = searched(name, score, budget, seed, most)
+            found, used = best_within(space, budget, judged)
+            rows[name].append((float((best - found) / (best - mean)), len(judged), used))
     return [
         {
             "searcher": name,
             "points": len(points),
             "inside": int((usage <= 1).sum()),
-            "in_band": int(((usage <= 1) & (usage > BAND)).sum()),
+            "near_budget": int(((usage <= 1) & (usage > NEAR_BUDGET)).sum()),
             "budget": str(budget),
             "seeds": seeds,
             "mean_gap": statistics.fmean(gap for gap, _, _ in found),
@@ -162,14 +154,9 @@ def draws(name: str, model: str, text: str, n: int, repeats: int) -> dict[str, A
     budget = parse_budget(text, space.graph)
     seconds, cpu_seconds = [], []
     for seed in range(repeats):
-        start, cpu = time.perf_counter(), time.process_time()
-        engine = SEARCHERS.get(name)(space, budget, np.random.default_rng(seed), n=n)  # type: ignore[call-arg]
-        asked = []
-        while not engine.done:
-            asked += engine.ask()
-            engine.tell(asked[-1:], [0.0])
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu)
+        asked, times = timed(partial(_asked, name, space, budget, n, seed))
+        seconds.append(times.clock)
+        cpu_seconds.append(times.processor)
     usage = np.asarray(budget.usage(space.graph, asked))
     assert all(budget.fits(space.graph, widths) for widths in asked)
     distinct = len({tuple(widths.values()) for widths in asked})
@@ -185,10 +172,21 @@ def draws(name: str, model: str, text: str, n: int, repeats: int) -> dict[str, A
     }
 
 
+def _asked(name: str, space: SearchSpace, budget: Budget, n: int, seed: int) -> list[dict[str, int]]:
+    """Return all proposals of a searcher whose option ``n`` is their number; every score is 0."""
+    searcher = SEARCHERS.build(name, {"n": n}, space, budget, np.random.default_rng(seed))
+    asked: list[dict[str, int]] = []
+    while not searcher.done:
+        new = searcher.ask()
+        asked += new
+        searcher.tell(new, [0.0] * len(new))
+    return asked
+
+
 def populations(
     name: str, model: str, text: str, epochs: int, seeds: int, limit: int | None, strategy: str
 ) -> list[dict[str, Any]]:
-    """Train supernets on digits and judge a searcher's first population with and without what training recorded."""
+    """Train supernets on digits; judge a searcher's first population with and without the history of training."""
     data = load_data("digits", image_size=16, limit=limit)
     rows = []
     for seed in range(seeds):
@@ -199,10 +197,10 @@ def populations(
         judge = Evaluator(net, make_loader(data.valid, 512, train=False), cross_entropy())
         budget = parse_budget(text, net.graph)
         first: dict[str, list[Judgement]] = {}
-        kinds: dict[str, dict[str, Any]] = {"random": {"history": []}, "recorded": {}}
-        for kind, options in kinds.items():
-            engine = make_searcher(name, net, budget, np.random.default_rng(seed), options)
-            asked = engine.ask()
+        recorded = net.width_history.records
+        for kind, history in (("random", []), ("recorded", recorded)):
+            rng = np.random.default_rng(seed)
+            asked = SEARCHERS.build(name, {}, net.space, budget, rng, offered={"history": history}).ask()
             assert all(budget.fits(net.graph, widths) for widths in asked)
             first[kind] = [judge(widths) for widths in asked]
         scores = {kind: [j.score for j in found] for kind, found in first.items()}
@@ -215,7 +213,7 @@ def populations(
                 "budget": text,
                 "seed": seed,
                 "epochs": epochs,
-                "recorded_widths": len(net.width_history.records),
+                "recorded_widths": len(recorded),
                 **{f"{kind}_n": len(found) for kind, found in scores.items()},
                 **{f"{kind}_mean_loss": -statistics.fmean(found) for kind, found in scores.items()},
                 **{f"{kind}_best_loss": -max(found) for kind, found in scores.items()},
@@ -232,7 +230,7 @@ def populations(
 def run(
     searchers: Sequence[str], seeds: int, evaluations: int, epochs: int, model: str, limit: int | None, out: Path | None
 ) -> None:
-    """Measure and print all of it."""
+    """Measure and print all three comparisons."""
     console = Console(width=200)
     rows: list[dict[str, Any]] = []
 
@@ -245,7 +243,7 @@ def run(
             for row in gaps(space, parse_budget(text, space.graph), searchers, seeds, evaluations):
                 say(
                     {"kind": "brute force", "most_networks": evaluations, **row},
-                    f"{row['searcher']} at {text} of {row['points']} points ({row['in_band']} in the band), "
+                    f"{row['searcher']} at {text} of {row['points']} points ({row['near_budget']} near the budget), "
                     f"{row['mean_networks']:.0f} judged: mean gap {row['mean_gap']:.3f}, worst {row['worst_gap']:.3f}, "
                     f"optimum in {row['optimum_found']}/{seeds}, least usage {row['least_usage']:.3f}",
                 )

@@ -1,9 +1,9 @@
-"""What a training step keeps for its backwards: bytes of activations, counted, for every strategy."""
+"""Count the bytes of activations that a training step of every strategy keeps for its backward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,22 @@ from rich.console import Console
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.common import step_context
 from widthkit.bench.files import write
 from widthkit.graph.space import SearchSpace
 from widthkit.modules.models import create_model
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import STRATEGIES, make_strategy
 from widthkit.trace import trace
-from widthkit.train.losses import cross_entropy
 from widthkit.train.step import StepContext
 
 
 class Saved:
-    """Bytes of activations that autograd keeps, by storage: two views of one tensor count once.
+    """The bytes of activations that autograd keeps; two views of one storage count once.
 
     Attributes:
         peak: The most bytes kept at any moment.
-        total: Bytes kept over the whole step, whether at the same time or not.
+        total: Bytes kept over the whole step, at the same time or not.
     """
 
     def __init__(self, batch: int) -> None:
@@ -57,7 +57,7 @@ class Saved:
 
 
 class _Kept:
-    """A saved tensor; the graph that is freed drops it."""
+    """A saved tensor; it is dropped when autograd's graph is freed."""
 
     def __init__(self, saved: Saved, tensor: Tensor) -> None:
         self.tensor, self._saved = tensor, saved
@@ -74,7 +74,7 @@ def count_saved(batch: int) -> Iterator[Saved]:
     """Count the activations that autograd saves in this scope: tensors with one row per example.
 
     Args:
-        batch: Examples per batch; take a number that is no layer's width, or weights of that many rows count, too.
+        batch: Examples per batch. No layer may be that wide: weights of that many rows would count too.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> with count_saved(2) as saved:
@@ -90,8 +90,8 @@ def count_saved(batch: int) -> Iterator[Saved]:
 def run(model: str, size: int, batch: int, names: list[str], out: Path | None) -> None:
     """Measure one step of every strategy, and print and write the table.
 
-    Beside each strategy stands its two-ended step as the papers write it, with one backward for all paths of the
-    width (BCNet, Eq. 10), where it has more than one: what updates in turns are compared with.
+    Each row also holds the bytes of one backward pass for all paths of the width (BCNet, Eq. 10); iterative updates are
+    compared with that.
     """
     console = Console()
     dense = create_model(model).train()
@@ -107,25 +107,25 @@ def run(model: str, size: int, batch: int, names: list[str], out: Path | None) -
             f"{name}: peak {row['peak_bytes'] / 2**20:.1f} MiB, over the step {row['total_bytes'] / 2**20:.1f} MiB, "
             f"all paths in one backward {row['one_backward_bytes'] / 2**20:.1f} MiB ({share:.2f} of it)",
             highlight=False,
+            soft_wrap=True,
         )
     write(out, "strategy-memory", rows, model=model, image_size=size, batch=batch, widths="the model's own")
 
 
 def measure(net: Supernet, size: int, batch: int) -> dict[str, Any]:
-    """Count the bytes of one step in which every width drawn is the model's own, so that strategies compare."""
+    """Count the bytes of one step at the model's own widths, so that strategies compare."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator)
     labels = torch.zeros(batch, dtype=torch.long)
-    step = _step(images, labels)
     with _one_width(net), count_saved(batch) as saved:
-        net.train_step(step)
+        net.train_step(step_context(images, labels))
     paths = net.paths(net.graph.full)
     return {
         "forwards": net.strategy.cost.forwards,
         "backwards": net.strategy.cost.backwards,
         "peak_bytes": saved.peak,
         "total_bytes": saved.total,
-        "one_backward_bytes": one_backward(net, paths, _step(images, labels)),
+        "one_backward_bytes": one_backward(net, paths, step_context(images, labels)),
     }
 
 
@@ -142,18 +142,13 @@ class _FullWidth(SearchSpace):
     """A space that always draws the model's own widths."""
 
     def sample(self, rng: np.random.Generator) -> dict[str, int]:
-        """Draw."""
+        """Return the model's own widths."""
         return {g.name: g.width for g in self.groups}
-
-
-def _step(images: Tensor, labels: Tensor) -> StepContext:
-    generator = torch.Generator().manual_seed(0)
-    return StepContext(images, labels, 0, 0, cross_entropy(), Tensor.backward, generator, nullcontext)
 
 
 @contextmanager
 def _one_width(net: Supernet) -> Iterator[None]:
-    """Let the space draw the model's own width only, for a step."""
+    """Let the supernet draw the model's own widths only."""
     space = net.space
     net.space = _FullWidth(space.graph, space.groups, space.divisor)
     try:

@@ -70,7 +70,7 @@ def backbone(width: int = 16) -> nn.Sequential:
     for inputs, outputs in ((3, width // 2), (width // 2, width), (width, 2 * width)):
         layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     body = nn.Sequential(*layers)
-    body.out_channels = 2 * width  # torchvision's detectors read it
+    body.out_channels = 2 * width  # torchvision's detectors read this attribute
     return body
 
 
@@ -104,7 +104,7 @@ def main(folder: str | None = None, kind: str = "retinanet", n: int = 16, epochs
     image = valid[0][0][0][0]
     net = wk.make_supernet(detector(kind), "bc", example_inputs=([image],), k=4, min_width="0.5x")
     history = wk.train(net, train, epochs, loss=loss, optimizer="adamw", lr=2e-3, clip_grad=1.0, progress=False).history
-    # Judged in training mode, in which these models return losses.
+    # These models return losses in training mode only, so networks are judged in that mode.
     result = wk.search(net, valid, "0.6x", "random", loss=loss, training=True, n=2, progress=False)
     slim = wk.export(net, result.widths)
     wk.recalibrate(slim, train)

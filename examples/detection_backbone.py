@@ -1,9 +1,9 @@
-"""A ResNet slimmed on images becomes the backbone of RetinaNet and Faster R-CNN, trained on blood cells (BCCD).
+"""A ResNet is slimmed as a classifier and becomes the backbone of RetinaNet and Faster R-CNN, on blood cells (BCCD).
 
-The classifier learns to tell windows around single cells apart, at the scale at which the detector will see them; it
-becomes a supernet and is searched on windows of other images. The searched network is compared with the uniformly
-shrunk one of the same MACs. Both take their weights from the supernet, are trained on as classifiers alike, and go into
-detectors that are trained alike. In full, half an hour of one core (three seeds)::
+The classifier learns the classes of windows around single cells, at the scale that the detector will see. It is trained
+as a supernet, and searched on windows of other images. The searched network is compared with the uniformly shrunk one
+of the same MACs. Both take their weights from the supernet, are trained further as classifiers in the same way, and go
+into detectors that are trained in the same way. The whole run takes half an hour of one core (three seeds)::
 
     python examples/detection_backbone.py --data-dir DIR --seeds 3 --out benchmarks/detection-backbone.json
 
@@ -39,9 +39,9 @@ from widthkit.train.images import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = ("background", "RBC", "WBC", "Platelets")
 ANCHORS = ((0.06, 0.16), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5))
-"""Sides of the boxes that are searched at every level, as shares of the image's longer side.
+"""Sides of the anchor boxes at every level, as shares of the image's longer side.
 
-Platelets take 0.06 of it, red cells 0.16, white cells 0.3; small boxes need the finest map, or none lies near them.
+Platelets take 0.06 of it, red cells 0.16, white cells 0.3. Small anchors need the finest map, or none lies near a cell.
 """
 DETECTORS = ("retinanet", "fasterrcnn")
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -68,10 +68,10 @@ def _read_one(root: Path, name: str, side: int) -> Sample:
 
 
 class Windows(Dataset[tuple[Tensor, int]]):
-    """Square windows of the images, one cell or none in the middle, with the cell's class; 0 is background.
+    """Square windows of the images with one cell or none in the middle, and the cell's class; 0 is background.
 
-    Classes are as frequent as each other: an epoch draws ``per_class`` windows of each. Training windows are flipped
-    and shifted by up to an eighth of their size.
+    All classes are equally frequent: an epoch draws ``per_class`` windows of each. Training windows are flipped at
+    random and shifted by up to an eighth of their size.
     """
 
     def __init__(self, samples: list[Sample], window: int, per_class: int, *, train: bool) -> None:
@@ -119,7 +119,7 @@ def _padded(image: Tensor, margin: int) -> Tensor:
 def slim_backbones(
     args: argparse.Namespace, train: list[Sample], valid: list[Sample]
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """Slim a classifier of cells; return the searched and the uniform network, both trained on, and what they cost."""
+    """Slim a classifier of cells; return the searched and the uniform network, trained further, and their costs."""
     window = args.side // 5
     parts = Windows(train, window, args.windows, train=True), Windows(valid, window, args.windows // 4, train=False)
     loader, held_out = wk.make_loader(parts[0], 64, train=True), wk.make_loader(parts[1], 512, train=False)
@@ -146,7 +146,7 @@ def make_detector(kind: str, slim: nn.Module, side: int, seed: int) -> nn.Module
     """Put a feature pyramid and a detection head on a slim classifier."""
     torch.manual_seed(seed)
     body = wk.backbone(slim, (2, 3, 4), example_inputs=(1, 3, 64, 64))
-    pyramid = BackboneWithFPN(body, body.return_layers, body.channels, 64)  # and a pooled level on top
+    pyramid = BackboneWithFPN(body, body.return_layers, body.channels, 64)  # it adds a pooled level on top
     anchors = AnchorGenerator(
         tuple(tuple(round(s * side) for s in level) for level in ANCHORS), ((0.75, 1.0, 1.33),) * len(ANCHORS)
     )
@@ -155,7 +155,7 @@ def make_detector(kind: str, slim: nn.Module, side: int, seed: int) -> nn.Module
         return RetinaNet(pyramid, len(CLASSES), anchor_generator=anchors, **size)
     few: dict[str, Any] = {"rpn_post_nms_top_n_train": 300, "rpn_post_nms_top_n_test": 150}
     few |= {"box_batch_size_per_image": 128, "box_detections_per_img": 60}
-    head = TwoMLPHead(64 * 7 * 7, 256)  # torchvision's has 1024, and takes longer than this whole backbone
+    head = TwoMLPHead(64 * 7 * 7, 256)  # torchvision's default of 1024 takes longer than this whole backbone
     predictor = FastRCNNPredictor(256, len(CLASSES))
     return FasterRCNN(pyramid, rpn_anchor_generator=anchors, box_head=head, box_predictor=predictor, **few, **size)
 
@@ -166,7 +166,7 @@ def train_detector(net: nn.Module, samples: list[Sample], epochs: int, batch: in
     steps = epochs * -(-len(samples) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.2)
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # which boxes the losses sample
+    torch.manual_seed(seed)  # the losses sample boxes at random
     history = []
     net.train()
     for _ in range(epochs):
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 def _trained(
     net: nn.Module, train: list[Sample], test: list[Sample], seed: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train a detector; return its losses and what it finds before and after."""
+    """Train a detector; return its losses, and its precision before and after."""
     before = mean_precision(net, test)
     start = time.process_time()
     losses = train_detector(net, train, args.epochs, args.batch, args.lr, seed)

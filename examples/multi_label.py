@@ -1,7 +1,7 @@
-"""Forty yes-or-no labels per image, as for the attributes of a face: the loss is yours.
+"""Forty yes-or-no labels per image, such as the attributes of a face, with a loss of your own.
 
-Run it with ``python examples/multi_label.py``; it takes seconds on a CPU. Every label stands for a pattern that is
-added to the image or not, so the data are made here and can be learned.
+Run it with ``python examples/multi_label.py``; it takes seconds on a CPU. The data are made here: each label
+says whether a certain pattern was added to the image, so it can be learned.
 """
 
 import timm

@@ -1,7 +1,7 @@
 """Semantic segmentation: a class for every pixel, from a model that returns a dictionary.
 
 Run it with ``python examples/segmentation.py``; it takes seconds on a CPU. The images are made here: squares and discs
-on noise. torchvision's segmentation models return ``{"out": logits}``; widthkit's own cross entropy finds them there.
+on noise. torchvision's segmentation models return ``{"out": logits}``; widthkit's default loss reads that entry.
 """
 
 import torch
@@ -45,7 +45,7 @@ def main(n: int = 32, epochs: int = 8) -> float:
     with torch.no_grad():
         out = slim.train()(images)["out"]
         difference = (net.set_widths(result.widths).train()(images)["out"] - out).abs().max()
-    # Most of the image is background, so classes count alike.
+    # Most pixels are background, so accuracy is averaged over classes.
     right = (out.argmax(1) == masks).float()
     accuracy = float(torch.stack([right[masks == kind].mean() for kind in range(3)]).mean())
     print(f"{result.macs / result.full['macs']:.0%} of the MACs, {accuracy:.1%} right, mean over classes")

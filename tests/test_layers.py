@@ -94,3 +94,12 @@ def test_no_file_imports_itself_in_a_circle():
 
     for name in edges:
         visit(name)
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *PLUGINS], ids=str)
+def test_what_is_installed_imports_no_benchmark(path):
+    """Benchmarks and tests exist in a checkout only."""
+    nodes = list(ast.walk({**PACKAGE, **PLUGINS}[path]))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert not {name.split(".")[0] for name in names} & {"benchmarks", "tests"}

@@ -8,8 +8,9 @@ somebody asks for it and does not take the others down.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -20,6 +21,43 @@ P = TypeVar("P")
 
 DEFAULTS = "widthkit.defaults"
 """The entry-point group in which a package says which of its plug-ins is taken where the caller names none."""
+
+
+@dataclass(frozen=True)
+class PluginChoice:
+    """A plug-in with options, as people write it on a command line.
+
+    Args:
+        label: The text itself: ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``.
+        name: The registered name.
+        options: Its options.
+    """
+
+    label: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: str) -> PluginChoice:
+        """Read the text; a value that is not JSON is text.
+
+        >>> PluginChoice.read("mine:layout=wide,iterative=false").options
+        {'layout': 'wide', 'iterative': False}
+
+        Raises:
+            OptionError: If it is not of that form.
+        """
+        name, _, rest = text.partition(":")
+        options: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            option, equals, value = item.partition("=")
+            if not equals:
+                raise OptionError(f"'{text}' is not of the form NAME:OPTION=VALUE,OPTION=VALUE")
+            try:
+                options[option] = json.loads(value)
+            except ValueError:
+                options[option] = value
+        return cls(text, name, options)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Random networks against the oracles."""
+"""Random networks, checked by the oracles."""

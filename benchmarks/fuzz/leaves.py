@@ -1,7 +1,7 @@
-"""Blocks without blocks inside: one class per way in which channels meet.
+"""Blocks without blocks inside: one class per way in which channels are coupled.
 
-Every leaf takes images of ``i`` channels and returns images of ``out`` channels and the same size; ``size`` says how
-wide it is inside.
+Every leaf takes images of ``i`` channels and returns images of ``out`` channels and the same size; ``size`` sets its
+inner width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Leaf(nn.Module):
-    """A block; subclasses say what it computes before norm and activation."""
+    """A block; subclasses compute what comes before norm and activation."""
 
     def __init__(self, out: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Squeeze(Leaf):
         self.down, self.up = nn.Linear(i, size), nn.Linear(size, i)
 
     def body(self, x: Tensor) -> Tensor:
-        """Scale every channel by what all of them say."""
+        """Scale every channel by a function of the means of all channels."""
         return x * self.up(F.relu(self.down(x.mean((2, 3))))).sigmoid()[:, :, None, None]  # type: ignore[no-any-return]
 
 
@@ -79,7 +79,7 @@ class Shared(Leaf):
 
 
 class Dead(Leaf):
-    """A result nobody uses, and a module nobody calls."""
+    """A result that is not used, and a module that is not called."""
 
     def __init__(self, i: int, size: int) -> None:
         super().__init__(2 * size)
@@ -87,7 +87,7 @@ class Dead(Leaf):
         self.unused = nn.Conv2d(3, 5, 1)
 
     def body(self, x: Tensor) -> Tensor:
-        """Convolve, and waste a convolution."""
+        """Convolve, and drop the result of another convolution."""
         self.idle(x)
         return self.conv(x)  # type: ignore[no-any-return]
 
@@ -100,7 +100,7 @@ class Slopes(Leaf):
         self.act = nn.PReLU(i)
 
     def body(self, x: Tensor) -> Tensor:
-        """Bend."""
+        """Apply the PReLU."""
         return self.act(x)  # type: ignore[no-any-return]
 
 
@@ -112,12 +112,12 @@ class Twice(Leaf):
         self.conv = nn.Conv2d(2 * i, self.out, 1)
 
     def body(self, x: Tensor) -> Tensor:
-        """Double, then mix."""
+        """Concatenate, then convolve."""
         return self.conv(torch.cat([x, x], 1))  # type: ignore[no-any-return]
 
 
 class Slice(Leaf):
-    """Leaves the first channels out; the code says how many."""
+    """Skips the first channels; their number is an attribute."""
 
     def __init__(self, i: int, size: int) -> None:
         super().__init__(2 * size)
@@ -130,7 +130,7 @@ class Slice(Leaf):
 
 
 class Standardised(Leaf):
-    """The kernel is centred before use."""
+    """A convolution whose kernel is centred before use."""
 
     def __init__(self, i: int, size: int) -> None:
         super().__init__(2 * size)
@@ -143,12 +143,12 @@ class Standardised(Leaf):
 
 
 class Shuffled(Leaf):
-    """Channels become pixels and pixels channels."""
+    """A pixel shuffle, which turns channels into pixels."""
 
     def __init__(self, i: int, size: int) -> None:
         super().__init__(2 * size)
         self.wide, self.conv = nn.Conv2d(i, 4 * size, 1), nn.Conv2d(size, self.out, 3, stride=2, padding=1)
 
     def body(self, x: Tensor) -> Tensor:
-        """Enlarge by a pixel shuffle, then come back by a stride."""
+        """Enlarge by a pixel shuffle, then shrink by a stride."""
         return self.conv(F.pixel_shuffle(self.wide(x), 2))  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Random networks out of nested blocks.
 
-A recipe is nested tuples of kinds and sizes. It knows no channel counts, so every recipe can be built, which is what
-lets a failing one be made smaller.
+A recipe is nested tuples of kinds and sizes. It holds no channel counts, so every recipe can be built; hypothesis can
+therefore make a failing one smaller.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Nest(nn.Module):
     """Blocks inside a block.
 
     Args:
-        kind: How they meet.
+        kind: How their results are combined.
         i: Channels that come in.
         inner: Their recipes.
     """
@@ -74,7 +74,7 @@ class Nest(nn.Module):
                 self.fit = nn.Conv2d(wide, i, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks and let their results meet."""
+        """Run the blocks and combine their results."""
         if self.kind == "concat":
             return self.fit(torch.cat([x, *(b(x) for b in self.blocks.children())], 1))  # type: ignore[no-any-return]
         if self.kind in ("split", "shuffle", "sizes"):
@@ -109,13 +109,13 @@ def chain(i: int, inner: Sequence[Recipe]) -> nn.Sequential:
 
 
 def width(blocks: nn.Module, i: int) -> int:
-    """Channels that leave a chain which ``i`` channels enter."""
+    """Return the output channels of a chain with ``i`` input channels."""
     last = list(blocks.children())
     return int(last[-1].out) if last else i  # type: ignore[arg-type, misc]
 
 
 class RandomNet(nn.Module):
-    """Stem, random blocks, a head that reads averages or the flattened map."""
+    """Stem, random blocks, and a head that reads averages or the flattened map."""
 
     def __init__(self, inner: Sequence[Recipe], flat: bool = False) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ class Gated(Leaf):
 
 
 class Named(Leaf):
-    """A matrix of its own, applied by einsum."""
+    """A parameter that is a matrix, applied by einsum."""
 
     def __init__(self, i: int, size: int) -> None:
         super().__init__(2 * size)

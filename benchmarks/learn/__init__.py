@@ -1,1 +1,1 @@
-"""Strategies compared: cost of a step, and rank correlation with stand-alone trainings."""
+"""Compare strategies: cost of a step, and rank correlation with stand-alone trainings."""

@@ -1,4 +1,4 @@
-"""How much memory a call needs at its peak, above what was there before."""
+"""Measure the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """Return the most bytes of tensors that a call held at once, beside those that lived before it.
+    """Return the most bytes of tensors that a call held at once, without those that existed before it.
 
-    On a CPU every allocation and release of torch's allocator is recorded by the profiler and summed up; on CUDA the
-    caching allocator's own peak is read.
+    On a CPU the profiler records every allocation and release of torch's allocator; on CUDA the peak of the caching
+    allocator is read.
 
     Args:
         call: What to measure.
-        device: Where it works.
+        device: Where the call runs.
 
     >>> peak_bytes(lambda: torch.ones(1000) + torch.ones(1000)) >= 3 * 4000
     True
@@ -29,7 +29,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # The profiler's library writes its starts and stops to standard error otherwise.
+    # Without this, the profiler's library logs to standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()

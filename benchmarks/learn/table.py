@@ -1,4 +1,4 @@
-"""From records to the table: rank correlations, and the noise that they must be read against."""
+"""Turn records into the table: rank correlations, and the noise of training to compare them with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.learn.run import read_json, records
+from benchmarks.learn.records import read_json, supernet_records
 from widthkit.bench.files import write
 from widthkit.files import atomic_write
 
@@ -28,7 +28,7 @@ def kendall(a: npt.ArrayLike, b: npt.ArrayLike) -> float | None:
 
 
 def summarise(folder: Path) -> dict[str, Any] | None:
-    """Turn the records of one model into its part of the table; ``None`` before two widths have been trained alone."""
+    """Turn one model's records into its part of the table; ``None`` if fewer than two widths were trained alone."""
     trained = _trained(folder)
     if len(trained) < 2:
         return None
@@ -44,7 +44,7 @@ def summarise(folder: Path) -> dict[str, Any] | None:
 
     baselines = [{"ranking": name, **correlate([trained[n][0][name] for n in numbers])} for name in ("macs", "params")]
     if runs.shape[1] > 1:
-        # One training against the other: what a perfect predictor of a single training could not beat by much.
+        # One training against the other: even a perfect predictor could hardly rank a single training better.
         baselines.insert(0, {"ranking": "a second training", **correlate(runs[:, 1].tolist(), runs[:, 0])})
     seconds = [run["seconds"] for n in numbers for run in trained[n]]
     return {
@@ -63,7 +63,7 @@ def summarise(folder: Path) -> dict[str, Any] | None:
 
 
 def _trained(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """Number of a width vector -> its trainings by seed; those that lack a seed are left out."""
+    """Return the trainings of each width vector by its number; vectors that lack a seed are left out."""
     seeds = read_json(folder / "setup.json")["seeds"]
     found: dict[int, list[dict[str, Any]]] = {}
     for number in range(read_json(folder / "setup.json")["n_widths"]):
@@ -81,9 +81,9 @@ def _seed_noise(runs: Any) -> float | None:
 def _strategies(folder: Path, numbers: list[int], correlate: Any) -> list[dict[str, Any]]:
     cost = read_json(folder / "cost.json")["rows"] if (folder / "cost.json").exists() else []
     rows = {row["strategy"]: dict(row) for row in cost}
-    for record in records(folder, "supernet"):
+    for record in supernet_records(folder):
         row = rows.setdefault(record["strategy"], {"strategy": record["strategy"]})
-        # A loss that is not finite is null in a record: the worst score there is.
+        # A loss that is not finite is null in a record; it counts as the worst score.
         scores = [-math.inf if record["score"][n] is None else record["score"][n] for n in numbers]
         row.update(correlate(scores), repr=record["repr"], train_seconds=record["seconds"])
         accuracies = [record["accuracy"][n] for n in numbers]
@@ -91,16 +91,16 @@ def _strategies(folder: Path, numbers: list[int], correlate: Any) -> list[dict[s
     return list(rows.values())
 
 
-def write_tables(out: Path) -> None:
-    """Write ``learn.json`` and ``learn.md`` from whatever records are there."""
-    folders = sorted(path.parent for path in out.glob("*/setup.json"))
+def write_tables(folder: Path, out: Path) -> None:
+    """Write ``learn.json`` and ``learn.md`` to ``out``, from all records in the folders of ``folder``."""
+    folders = sorted(path.parent for path in folder.glob("*/setup.json"))
     tables = [table for table in map(summarise, folders) if table is not None]
     write(out / "learn.json", "learn", tables)
     atomic_write(out / "learn.md", "\n".join(map(markdown, tables)).encode())
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Show one model's part for people."""
+    """Write one model's part as Markdown."""
     s = table["setup"]
     noise = "" if table["seed_noise"] is None else f", standard deviation between seeds {table['seed_noise']:.2%}"
     lines = [

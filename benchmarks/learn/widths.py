@@ -1,4 +1,4 @@
-"""Which width vectors a learning benchmark compares: some that differ in MACs, some in shape alone."""
+"""Choose the width vectors to compare: some differ in MACs, some in shape alone."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _DRAWS = 50_000
 
 
 def choose_widths(
-    space: SearchSpace, n: int, *, share: float = 0.4, band: float = 0.015, seed: int = 0
+    space: SearchSpace, n: int, *, share: float = 0.4, spread: float = 0.015, seed: int = 0
 ) -> tuple[list[dict[str, int]], list[bool]]:
     """Choose width vectors: the first half at nearly equal MACs, the second half spread over all MACs.
 
-    With MACs alone a ranking of the second half is easily guessed; in the first half only the shape counts. The
-    shapes of the first half lie far from one another (farthest-point sampling on log widths).
+    MACs alone rank the second half well; in the first half only the shape matters. The shapes of the first half lie far
+    from one another (farthest-point sampling on log widths).
 
     Args:
         space: The search space.
         n: How many, at least 4.
         share: MACs of the first half, as a share of the widest network's.
-        band: The first half's MACs differ from that by at most this share of it.
-        seed: Makes the draw.
+        spread: The first half's MACs differ from that by at most this share of it.
+        seed: Seed of the draw.
 
     Returns:
         ``n`` different width vectors, and whether each belongs to the first half.
 
     Raises:
-        OptionError: If the space has too few width vectors in the band.
+        OptionError: If the space has too few width vectors of such MACs.
 
     >>> from widthkit.modules.models import create_model
     >>> from widthkit.graph.space import uniform_space
@@ -44,17 +44,17 @@ def choose_widths(
         raise OptionError(f"{n} widths are too few to rank; take at least 4")
     vectors = _draws(space, np.random.default_rng(seed))
     shares = space.graph.macs(vectors) / space.graph.macs(space.largest)
-    inside = np.flatnonzero(np.abs(shares / share - 1) <= band)
+    inside = np.flatnonzero(np.abs(shares / share - 1) <= spread)
     half = n // 2
     if len(inside) < half:
         raise OptionError(
-            f"only {len(inside)} of {len(vectors)} width vectors have {share:.0%} of the MACs within {band:.1%}; "
+            f"only {len(inside)} of {len(vectors)} width vectors have {share:.0%} of the MACs within {spread:.1%}; "
             "take more choices per group"
         )
     equal = inside[_far_apart(np.log(vectors[inside]), half)]
     rest = np.setdiff1d(np.arange(len(vectors)), equal)
-    spread = rest[_evenly(shares[rest], n - half)]
-    chosen = [_named(space, vectors[i]) for i in [*equal.tolist(), *spread.tolist()]]
+    others = rest[_evenly(shares[rest], n - half)]
+    chosen = [_named(space, vectors[i]) for i in [*equal.tolist(), *others.tolist()]]
     return chosen, [True] * half + [False] * (n - half)
 
 

@@ -1,8 +1,8 @@
-"""The cut oracle: zero what consumers read of dropped channels, and compare with the exported network.
+"""The cut oracle: zero what consumers read of dropped channels in the full model; it then equals the exported network.
 
-It holds where a zero reaches every consumer: in networks of plain convolutions, linear layers and batch norms, without
-operators that mix channels outside those layers (attention, other norms, reductions over channels, weights that are
-computed before use).
+The truth is the full model's own forward pass. The oracle holds where a zero reaches every consumer: in networks of
+convolutions, linear layers and batch norms, without operators that mix channels outside these layers (attention, other
+norms, reductions over channels, weights that are computed before use). :func:`why_not` tells such models.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.oracles.checks import outputs, same
+from benchmarks.oracles.outputs import TOLERANCE, OracleError, check_equal, outputs, widths_of
 from widthkit.export.dense import export
-from widthkit.graph import ChannelGraph, IntArray
+from widthkit.graph import ChannelGraph, IntArray, Site
 from widthkit.trace.context import bind, flat_tensors
-from widthkit.trace.inputs import Inputs
+from widthkit.trace.inputs import as_inputs
 from widthkit.trace.recorder import call_model
 
 _MIXING = {
@@ -30,10 +30,20 @@ _MIXING = {
 }  # fmt: skip
 _REDUCING = {"mean", "sum", "amax", "amin", "max", "min", "prod", "argmax"}
 _CONVOLVING = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def why_not(model: nn.Module, inputs: Any) -> str:
+    """Say why the cut oracle does not apply to a model; the text is empty where it applies."""
+    watch = _Watch(model)
+    with torch.inference_mode(), watch:
+        call_model(model, as_inputs(inputs))
+    return watch.reason
 
 
 class _Watch(TorchDispatchMode):
-    """Notes why zeroing is not dropping here."""
+    """Records the first operator of a run for which zeroing a channel is not the same as dropping it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,36 +70,36 @@ def _over_channels(bound: Mapping[str, Any]) -> bool:
     return any(d % max(x.ndim, 1) in (0, 1) for d in dims)
 
 
-def why_not(model: nn.Module, inputs: Inputs) -> str:
-    """Say why the cut oracle does not apply to a model, or return an empty string where it does."""
-    watch = _Watch(model)
-    with torch.inference_mode(), watch:
-        call_model(model, inputs)
-    return watch.reason
-
-
-def _reads(model: nn.Module, tensor: str, dim: int) -> bool:
-    path, _, key = tensor.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return key == "weight" and dim == 0
-    return key == "weight" and dim == 1 and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-
-
 def check_cut(
-    model: nn.Module, graph: ChannelGraph, inputs: Inputs, units: Mapping[str, IntArray], tolerance: float
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Any,
+    units: Mapping[str, IntArray],
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Compare the full model, its reads of dropped channels zeroed, with the exported one.
 
     Raises:
-        CheckError: If they differ.
+        OracleError: If they differ.
     """
     cut = copy.deepcopy(model)
     parameters = dict(cut.named_parameters())
     for name, group in graph.groups.items():
         dropped = np.setdiff1d(np.arange(group.width), units[name])
         for site in group.sites:
-            if site.tensor in parameters and _reads(model, site.tensor, site.dim):
+            if site.tensor in parameters and _reads(model, site):
                 where = torch.from_numpy(site.index[dropped].reshape(-1))
                 parameters[site.tensor].data.index_fill_(site.dim, where, 0)
-    same(outputs(export(model, units, graph=graph), inputs), outputs(cut, inputs), tolerance)
+    try:
+        check_equal(outputs(export(model, units, graph=graph), inputs), outputs(cut, inputs), tolerance)
+    except OracleError as error:
+        raise OracleError(f"{error}, cut to widths {widths_of(units)}") from error
+
+
+def _reads(model: nn.Module, site: Site) -> bool:
+    """Whether a parameter reads channels there: dim 1 of convolutions and matrices, dim 0 of transposed ones."""
+    path, _, key = site.tensor.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, _TRANSPOSED):
+        return key == "weight" and site.dim == 0
+    return site.dim == 1 and (isinstance(module, _CONVOLUTIONS) or model.get_parameter(site.tensor).ndim == 2)

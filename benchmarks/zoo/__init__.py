@@ -1,1 +1,1 @@
-"""Every model of torchvision and timm: traced, shrunk, exported, checked; one row a model."""
+"""Every model of torchvision and timm: traced, shrunk, exported, checked; one row per model."""

@@ -1,35 +1,56 @@
-"""Which models a run of the zoo goes through."""
+"""Which models a run of the zoo measures."""
 
 from __future__ import annotations
 
 import fnmatch
+import random
 from collections.abc import Sequence
 
 from widthkit.errors import OptionError, close_matches
 
 SOURCES = ("torchvision", "timm")
+ALL = "all"
+"""The name for both sources together."""
 
 
-def model_names(source: str, only: Sequence[str] = (), shard: str | None = None) -> list[str]:
-    """List ``source/model`` names in the library's order.
+def model_names(
+    source: str = ALL,
+    only: Sequence[str] = (),
+    shard: str | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """List ``source/model`` names in the order of the libraries.
 
     Args:
-        source: ``torchvision`` or ``timm``.
+        source: ``torchvision``, ``timm``, or ``all`` for both.
         only: Patterns such as ``resnet*``; a model is taken if it matches any of them.
-        shard: ``i/n`` takes every n-th model, starting with the i-th (1 to n).
+        shard: ``i/n`` takes every n-th of these models, starting with the i-th (1 to n).
+        sample: Draw this many models at random, before they are divided into shards.
+        seed: Seed of the draw.
 
     Raises:
-        OptionError: If the source, a pattern or the shard makes no sense.
+        OptionError: If the source, a pattern, the sample or the shard makes no sense.
     """
-    if source not in SOURCES:
-        raise OptionError(f"unknown source '{source}': {close_matches(source, SOURCES)}")
-    known = _list(source)
+    if source not in (*SOURCES, ALL):
+        raise OptionError(f"unknown source '{source}': {close_matches(source, (*SOURCES, ALL))}")
+    known = [f"{s}/{name}" for s in (SOURCES if source == ALL else (source,)) for name in _list(s)]
     for pattern in only:
-        if not fnmatch.filter(known, pattern):
-            raise OptionError(f"--only '{pattern}' matches no {source} model; see {source}'s list_models()")
-    chosen = [n for n in known if not only or any(fnmatch.fnmatchcase(n, p) for p in only)]
+        if not any(_matches(name, pattern) for name in known):
+            raise OptionError(f"--only '{pattern}' matches no model of {source}; see the library's list_models()")
+    chosen = [name for name in known if not only or any(_matches(name, pattern) for pattern in only)]
+    if sample is not None:
+        if not 1 <= sample <= len(chosen):
+            raise OptionError(f"--sample {sample}: there are 1 to {len(chosen)} models to draw")
+        drawn = set(random.Random(seed).sample(chosen, sample))
+        chosen = [name for name in chosen if name in drawn]
     first, step = _shard(shard)
-    return [f"{source}/{name}" for name in chosen[first::step]]
+    return chosen[first::step]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a model's own name, without its source."""
+    return fnmatch.fnmatchcase(name.partition("/")[2], pattern)
 
 
 def _list(source: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""torch-pruning and widthkit on the same model in the same process: halve every width, then run once."""
+"""Compare torch-pruning with widthkit on one model in one process: halve every width, then run once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.oracles.checks import n_params
+from benchmarks.oracles import n_params
 from widthkit.errors import OptionError
 from widthkit.export.dense import export
 from widthkit.graph import ChannelGraph
@@ -21,8 +21,11 @@ from widthkit.trace.inputs import Inputs
 from widthkit.trace.recorder import call_model
 
 PEERS = ("torch-pruning",)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 PEER_SECONDS = 60
-"""A peer that needs more of the processor's time is stopped."""
+"""A peer that needs more processor time is stopped."""
 
 
 def halved(model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds: float) -> dict[str, Any]:
@@ -31,11 +34,11 @@ def halved(model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds:
     Args:
         model: Stays as it is.
         inputs: What the halved model is run on.
-        graph: Of this model.
-        trace_seconds: What finding it took.
+        graph: The model's graph.
+        trace_seconds: How long the trace took.
 
     Returns:
-        ``own_seconds`` of the processor, from the dense model to the outputs of the halved one, and ``own_params``.
+        ``own_seconds``, processor time from the dense model to the outputs of the halved one; and ``own_params``.
     """
     start = time.process_time()
     slim = export(model, {n: (w + 1) // 2 for n, w in graph.full.items()}, graph=graph)
@@ -45,10 +48,13 @@ def halved(model: nn.Module, inputs: Inputs, graph: ChannelGraph, trace_seconds:
 
 
 def halved_by(peer: str, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Let a peer do the same.
+    """Let a peer halve a copy of the model and run it.
 
     Returns:
-        ``peer``, ``seconds`` of the processor, ``params`` left, and ``error`` where it failed.
+        ``peer``, ``seconds`` of processor time, ``params`` left, and ``error`` if it failed.
+
+    Raises:
+        OptionError: If the peer is unknown.
     """
     if peer not in PEERS:
         raise OptionError(f"unknown peer '{peer}'; known: {', '.join(PEERS)}")
@@ -69,7 +75,7 @@ def halved_by(peer: str, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _limited(seconds: int) -> Iterator[None]:
-    """Raise a ``TimeoutError`` in the main thread when the body takes more of the processor's time."""
+    """Raise a ``TimeoutError`` in the main thread when the body takes more processor time than this."""
 
     def stop(_: int, __: Any) -> None:
         raise TimeoutError(f"took longer than {seconds} s")
@@ -84,12 +90,12 @@ def _limited(seconds: int) -> Iterator[None]:
 
 
 def _torch_pruning(model: nn.Module, inputs: Inputs) -> None:
-    """Use it as its README does: magnitude importance, the classifier kept."""
+    """Use torch-pruning as its README does: magnitude importance, the classifier is kept."""
     import torch_pruning
 
     with torch.no_grad():
         widths = {t.shape[1] for t in flat_tensors((call_model(model, inputs),)) if t.ndim > 1}
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    layers = [m for m in model.modules() if isinstance(m, _LAYERS)]
     last = [m for m in layers[-2:] if (m.out_features if isinstance(m, nn.Linear) else m.out_channels) in widths]
     pruner = torch_pruning.pruner.BasePruner(
         model,

@@ -1,4 +1,4 @@
-"""The zoo as a Markdown table, with the bars that it has to meet and who misses them."""
+"""The zoo as a Markdown table, with the bars that every model has to meet and the models that miss them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 _SMALL = 1e8
+"""Parameters below which a model must be traced in time."""
 _SECONDS = 10.0
 
 
@@ -24,7 +25,7 @@ def verdict(row: Row) -> str:
 
 
 def failures(row: Row) -> dict[str, str]:
-    """List the oracles that do not hold; fvcore counts only where the independent count disagrees, too."""
+    """List the oracles that do not hold; fvcore's count matters only if the other count disagrees too."""
     oracles = row.get("oracles", {})
     bad = {n: s for n, s in oracles.items() if s != "pass" and not s.startswith(("n/a", "no groups"))}
     if oracles.get("macs") == "pass":
@@ -32,21 +33,22 @@ def failures(row: Row) -> dict[str, str]:
     return bad
 
 
-def markdown(rows: Sequence[Row], source: str, about: Mapping[str, Any]) -> str:
-    """Return the page: summary, exceptions, one line a model."""
-    parts = [f"# {source}: {len(rows)} models", "", _head(about), "", *_summary(rows), "", *_exceptions(rows), ""]
+def markdown(rows: Sequence[Row], title: str, about: Mapping[str, Any]) -> str:
+    """Return the page: summary, models that miss a bar, one line per model."""
+    parts = [f"# {title}: {len(rows)} models", "", _head(about), "", *_summary(rows), "", *_exceptions(rows), ""]
     columns = "model | params | trace s | groups | units | MACs searchable | oracles | frozen, most frequent | peak MB"
     with_peer = any("peer" in row for row in rows)
     parts.append(f"| {columns} |" + (" peer |" if with_peer else ""))
     parts.append("|---" * (columns.count("|") + 1 + with_peer) + "|")
-    parts.extend(_line(row, with_peer) for row in rows)
+    one_source = len({row["model"].partition("/")[0] for row in rows}) <= 1
+    parts.extend(_line(row, with_peer, one_source) for row in rows)
     return "\n".join(parts) + "\n"
 
 
 def _head(about: Mapping[str, Any]) -> str:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
-    how = "One process a model, one thread; seconds are of the processor. Made by `widthkit bench zoo`."
+    how = "One process per model, one thread; seconds are processor time. Made by `python -m benchmarks zoo`."
     return f"{today}. {versions}. {how}"
 
 
@@ -79,20 +81,20 @@ def _exceptions(rows: Sequence[Row]) -> list[str]:
             said.append(f"trace takes {row['trace_cpu_seconds']:.1f} s")
         bar = 0.6 if row.get("attention") else 0.95
         if row.get("searchable_macs_share", 1) < bar:
-            why = next(iter(row.get("frozen", {})), "no reason")
+            why = next(iter(row.get("frozen", {})), "no reason given")
             said.append(f"{row['searchable_macs_share']:.1%} of MACs searchable ({why})")
         if said:
             lines.append(f"- {row['model']}: {_plain('; '.join(said))}")
     return ["Models that miss a bar:", "", *lines] if lines else ["No model misses a bar."]
 
 
-def _line(row: Row, with_peer: bool) -> str:
+def _line(row: Row, with_peer: bool, one_source: bool) -> str:
     share = f"{row['searchable_macs_share']:.1%}" if "searchable_macs_share" in row else ""
     frozen = "; ".join(f"{n}x {why}" for why, n in list(row.get("frozen", {}).items())[:2])
     oracles = row.get("oracles", {})
     held = ", ".join(n for n, said in oracles.items() if said == "pass")
     cells = [
-        row["model"].partition("/")[2],
+        row["model"].partition("/")[2] if one_source else row["model"],
         f"{row['params'] / 1e6:.1f}M" if "params" in row else "",
         f"{row['trace_cpu_seconds']:.2f}" if "trace_cpu_seconds" in row else "",
         str(row.get("groups", "")),

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from benchmarks.learn.memory import peak_bytes
-from benchmarks.learn.run import Contender, Setup, run
+from benchmarks.learn.records import Setup
+from benchmarks.learn.run import run
 from benchmarks.learn.table import kendall, summarise
 from benchmarks.learn.widths import choose_widths
-from benchmarks.small import MODELS
+from benchmarks.nets import MODELS
 from widthkit.errors import OptionError, PluginError
 from widthkit.graph.space import uniform_space
+from widthkit.registry import PluginChoice
 from widthkit.trace import trace
 
 SETUP = Setup(
@@ -22,7 +24,7 @@ SETUP = Setup(
 
 def bench(out, *labels, part="all", setup=SETUP):
     said = []
-    run([setup], [Contender.read(label) for label in labels], None, out, part, 2, said.append)
+    run([setup], [PluginChoice.read(label) for label in labels], None, out, out, part, 2, said.append)
     return said
 
 
@@ -105,7 +107,7 @@ def test_refusals_come_before_any_training(tmp_path):
     with pytest.raises(OptionError, match="unknown part 'costs': did you mean cost"):
         bench(tmp_path, "ua", part="costs")
     with pytest.raises(OptionError, match="NAME:OPTION=VALUE"):
-        Contender.read("ua:n")
+        PluginChoice.read("ua:n")
     assert not list(tmp_path.rglob("dense-*"))
 
 

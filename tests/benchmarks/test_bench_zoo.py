@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import pytest
 import torch
 
-from benchmarks.oracles import cut
+from benchmarks.__main__ import main
+from benchmarks.oracles import why_not
 from benchmarks.zoo import run as zoo
-from benchmarks.zoo.build import build, fill, runs, shorten, small
+from benchmarks.zoo.build import build, fill, runs
+from benchmarks.zoo.isolated import Allowance, isolated
 from benchmarks.zoo.names import model_names
 from benchmarks.zoo.one import measure
+from benchmarks.zoo.smaller import shorten, small
 from benchmarks.zoo.table import failures, markdown, verdict
-from widthkit.cli import main
 from widthkit.errors import OptionError
 
 
@@ -27,6 +28,22 @@ def test_names_patterns_and_shards():
     for arguments in (("nowhere",), ("timm", ["no_such_*"]), ("timm", [], "4/3"), ("timm", [], "x")):
         with pytest.raises(OptionError):
             model_names(*arguments)
+
+
+def test_a_sample_is_drawn_from_both_sources_and_depends_on_the_seed_alone():
+    everything = model_names()
+    drawn = model_names(sample=50, seed=3)
+    assert len(set(drawn)) == 50
+    assert set(drawn) < set(everything)
+    assert [name for name in everything if name in drawn] == drawn
+    assert {name.partition("/")[0] for name in drawn} == {"torchvision", "timm"}
+    assert drawn == model_names(sample=50, seed=3) != model_names(sample=50, seed=4)
+    parts = [model_names(sample=50, seed=3, shard=f"{i}/2") for i in (1, 2)]
+    assert sorted(parts[0] + parts[1]) == sorted(drawn)
+    assert model_names("timm", ["test_vit*"], sample=1)[0].startswith("timm/test_vit")
+    for sample in (0, len(everything) + 1):
+        with pytest.raises(OptionError, match="--sample"):
+            model_names(sample=sample)
 
 
 def test_a_model_passes_and_its_row_says_so():
@@ -56,20 +73,24 @@ def test_shortened_models_still_run():
 def test_the_cut_oracle_knows_its_limits():
     for name, reason in (("timm/test_resnet", ""), ("timm/test_vit", "mixes"), ("timm/test_nfnet", "before use")):
         tiny = small(name)
-        assert reason in cut.why_not(tiny.model, tiny.inputs)
-        assert bool(cut.why_not(tiny.model, tiny.inputs)) == bool(reason)
+        found = why_not(tiny.model, tiny.inputs)
+        assert reason in found
+        assert bool(found) == bool(reason)
 
 
 @pytest.mark.parametrize(
     ("timeout", "memory", "said"), [(0.0, 8.0, "longer than 0 s"), (60.0, 0.001, "more than 0.001 GB")]
 )
 def test_a_model_that_takes_too_much_is_stopped(timeout, memory, said):
-    assert said in zoo.isolated("timm/test_resnet", None, timeout, memory)["error"]
+    assert said in isolated("timm/test_resnet", None, Allowance(timeout, memory))["error"]
 
 
 def test_what_a_peer_breaks_is_the_peers(monkeypatch):
-    monkeypatch.setattr("benchmarks.zoo.one.halved_by", lambda *_: os._exit(3))
-    row = zoo.isolated("timm/test_resnet", "torch-pruning", 120, 8)
+    import torch_pruning
+
+    # A peer that kills its process takes nothing with it: the process is a fork, so only the child sees this.
+    monkeypatch.setattr(torch_pruning.pruner, "BasePruner", lambda *_, **__: os._exit(3))
+    row = isolated("timm/test_resnet", "torch-pruning", Allowance(120, 8))
     assert "error" not in row
     assert row["peer"]["error"] == "the process died (exit code 3)"
     assert 0 < row["peer"]["own_seconds"] < row["seconds"] + 1
@@ -102,11 +123,10 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     out.write_text(json.dumps({"model": "timm/test_vit", "stage": "done", "seconds": 1}) + '\n{"torn": ')
     asked = []
     monkeypatch.setattr(zoo, "isolated", lambda name, *_: asked.append(name) or {"model": name, "seconds": 1})
-    argv = ["widthkit", "bench", "zoo", "--source", "timm", "--only", "test_vi*", "--out", str(out)]
+    arguments = ["zoo", "--source", "timm", "--only", "test_vi*", "--out", str(out)]
     for more, code in (([], 2), (["--resume"], 0)):
-        monkeypatch.setattr(sys, "argv", argv + more)
         with pytest.raises(SystemExit) as left:
-            main()
+            main(arguments + more)
         assert left.value.code == code
     assert "timm/test_vit" not in asked
     assert asked

@@ -62,9 +62,3 @@ def test_bad_options_are_refused_before_anything_is_trained(widthkit, options, h
     assert len(done.stderr.strip().splitlines()) == 1
     assert hint in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_folder_of_benchmark_data_is_one_line(widthkit, tmp_path):
-    done = widthkit("bench", "score-model", "--data-dir", tmp_path)
-    assert done.returncode == 2
-    assert "--data-dir" in done.stderr

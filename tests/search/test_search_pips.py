@@ -256,7 +256,7 @@ def test_nothing_is_asked_twice_in_one_search():
     while not engine.done:
         now = engine.ask()
         asked += [tuple(w.values()) for w in now]
-        engine.tell(now, [score.judge(w).score for w in now])
+        engine.tell(now, [score.of(w) for w in now])
     assert len(asked) == len(set(asked)) > 180
 
 

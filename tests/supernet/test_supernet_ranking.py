@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import assert_same, run
 from topologies import (
     Attention,
     DeadBranch,
@@ -20,6 +19,7 @@ from torch import nn
 from widthkit_plugins.strategies.bc import BilaterallyCoupled, both_ends
 from widthkit_plugins.strategies.bcv2 import BilaterallyCoupledV2
 
+from benchmarks.oracles import check_equal, outputs
 from widthkit.errors import DataError, OptionError
 from widthkit.graph import ChannelGraph
 from widthkit.graph.space import GroupChoices
@@ -126,7 +126,7 @@ def test_groups_built_from_ours_score_as_torch_prunings_own(criterion):
     import torch_pruning as tp
     from torch_pruning.pruner import importance
 
-    from benchmarks.small import SmallResNet
+    from benchmarks.nets import SmallResNet
 
     torch.manual_seed(0)
     model = SmallResNet(width=4, blocks=1)
@@ -202,7 +202,7 @@ def test_the_output_at_full_width_is_the_models(strategy, criterion):
     )
     model.eval(), net.eval()
     assert any(not torch.equal(a[: len(b)], b) for a, b in zip(net.model.parameters(), model.parameters(), strict=True))
-    assert_same(run(net, BATCHES[0][0]), run(model, BATCHES[0][0]), "full width")
+    check_equal(outputs(net, BATCHES[0][0]), outputs(model, BATCHES[0][0]))
 
 
 def kept(strategy, model, graph, path):
@@ -228,7 +228,7 @@ def test_both_networks_of_bcv2_are_the_model_at_full_width(layout):
         model, BilaterallyCoupledV2(layout), graph=graph, k=4, min_width="0.5x", rank="magnitude"
     ).eval()
     for path in (0, 1):
-        assert_same(run(net.set_widths(graph.full, path), BATCHES[0][0]), run(model, BATCHES[0][0]), f"path {path}")
+        check_equal(outputs(net.set_widths(graph.full, path), BATCHES[0][0]), outputs(model, BATCHES[0][0]))
 
 
 def test_orders_by_hand():

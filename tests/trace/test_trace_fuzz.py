@@ -3,15 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
-import oracles
 import pytest
-import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from topologies import randomised
 
+from benchmarks import oracles
+from benchmarks.fuzz.check import check, check_network, random_model
 from benchmarks.fuzz.nets import LEAVES, NESTS, RandomNet
-from benchmarks.fuzz.run import check, recipes
+from benchmarks.fuzz.run import recipes
+from widthkit.graph.channel_graph import Positions
 from widthkit.trace import trace
 
 SHAPE = (1, 3, 6, 6)
@@ -28,9 +28,7 @@ def test_oracles_on_random_networks(recipe, flat, widths):
 def test_every_block_alone(kind):
     recipe = (kind, (2,)) if kind in LEAVES else (kind, (("conv", (2,)), ("se", (1,))))
     check([("conv", (4,)), recipe], flat=True)
-    torch.manual_seed(0)
-    model = randomised(RandomNet([("conv", (4,)), recipe]))
-    x = torch.randn(SHAPE, dtype=torch.float64)
+    model, x = random_model([("conv", (4,)), recipe], False, 0)
     graph = trace(model, x)
     assert graph.groups
     oracles.check_growth(model, graph, x, np.random.default_rng(0))
@@ -48,16 +46,12 @@ def test_dilation_is_no_channel_count():
 
 
 def test_a_wrong_graph_is_noticed():
-    """The reader of one group takes its units in another order than the writer."""
-    model = randomised(RandomNet([("conv", (4,))]))
-    graph = trace(model, SHAPE)
-    x = torch.randn(SHAPE, dtype=torch.float64)
-    oracles.check_permutation(model, graph, x, np.random.default_rng(0), each=True)
-    name, dim = next((s.tensor, s.dim) for group in graph.groups.values() for s in group.sites if s.dim == 1)
-    info = graph.tensors[name]
-    positions = info.dims[dim]
-    rolled = replace(positions, group=np.roll(positions.group, 1), rank=np.roll(positions.rank, 1))
-    dims = tuple(rolled if d == dim else own for d, own in enumerate(info.dims))
-    wrong = replace(graph, tensors={**graph.tensors, name: replace(info, dims=dims)})
-    with pytest.raises(AssertionError):
-        oracles.check_permutation(model, wrong, x, np.random.default_rng(0), each=True)
+    model, x = random_model([("conv", (2,))], False, 0)
+    graph = trace(model, x)
+    right = graph.tensors["head.weight"]
+    assert right.dims[1].searchable
+    # The head reads the same units, but in another order than their producer writes them.
+    wrong = replace(right, dims=(right.dims[0], Positions(right.dims[1].group, right.dims[1].rank[::-1].copy())))
+    broken = replace(graph, tensors={**graph.tensors, "head.weight": wrong})
+    with pytest.raises(oracles.OracleError, match=r"off by .*, with all groups permuted"):
+        check_network(model, broken, x, np.random.default_rng(0))

@@ -6,13 +6,13 @@ import functools
 import warnings
 
 import numpy as np
-import oracles
 import pytest
 import timm
 import torch
 import torchvision
 from topologies import randomised
 
+from benchmarks import oracles
 from widthkit.trace import trace
 
 SIZES = {
@@ -79,10 +79,10 @@ def test_oracles(name):
     assert graph.cost.searchable_share(graph.vector()) > 0.9
     oracles.check_permutation(model, graph, x, rng, each=False)
     oracles.check_cost(model, graph, x, oracles.random_units(graph, rng))
-    net = oracles.bc_net(model, graph).eval()
+    net = oracles.supernet_of(model, graph)
     oracles.check_same_net(net, x, net.space.sample(rng))
     if name in CUT:
-        oracles.check_cut(model, graph, x, rng)
+        oracles.check_cut(model, graph, x, oracles.random_units(graph, rng))
 
 
 @pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "timm/resnext26ts"])

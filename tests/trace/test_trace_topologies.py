@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import oracles
 import pytest
 from topologies import CASES, Case, sites
 
+from benchmarks import oracles
+from widthkit.export.dense import export
 from widthkit.trace import trace
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -59,15 +60,16 @@ def test_permuting_a_group_changes_nothing(case):
 @pytest.mark.parametrize("case", [c for c in CASES if not c.cut], ids=str)
 def test_cutting_what_consumers_read_is_exporting(case):
     model, graph, x = traced(case)
+    rng = seeded(case)
     for _ in range(3):
-        oracles.check_cut(model, graph, x, seeded(case))
+        oracles.check_cut(model, graph, x, oracles.random_units(graph, rng))
 
 
 @all_cases
 def test_exported_net_is_the_supernet_at_its_widths(case):
     model, graph, x = traced(case)
-    net = oracles.bc_net(model, graph).eval()
-    oracles.assert_same(oracles.run(net, x), oracles.run(model, x), "the supernet at full width")
+    net = oracles.supernet_of(model, graph)
+    oracles.check_equal(oracles.outputs(net, x), oracles.outputs(model, x))
     rng = seeded(case)
     for widths in [net.space.smallest, net.space.largest, *(net.space.sample(rng) for _ in range(3))]:
         oracles.check_same_net(net, x, widths)
@@ -90,5 +92,5 @@ def test_cost_is_exact(case):
 @all_cases
 def test_single_units_run(case):
     model, graph, x = traced(case)
-    slim = oracles.export(model, dict.fromkeys(graph.full, 1), graph=graph)
-    assert [t.shape for t in oracles.run(slim, x)] == [t.shape for t in oracles.run(model, x)]
+    slim = export(model, dict.fromkeys(graph.full, 1), graph=graph)
+    assert [t.shape for t in oracles.outputs(slim, x)] == [t.shape for t in oracles.outputs(model, x)]

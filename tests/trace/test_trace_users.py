@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import oracles
 from widthkit.errors import ModelError, TraceError
 from widthkit.export.dense import export
 from widthkit.trace import trace
@@ -328,11 +328,11 @@ def test_oracles(kind):
     assert graph.full
     rng = np.random.default_rng(0)
     oracles.check_permutation(model, graph, x, rng, each=True)
-    net = oracles.bc_net(model, graph).eval()
+    net = oracles.supernet_of(model, graph)
     for widths in (net.space.smallest, net.space.sample(rng)):
         oracles.check_same_net(net, x, widths)
     slim = export(model, oracles.random_units(graph, rng), graph=graph)
-    assert [t.shape for t in oracles.run(slim, x)] == [t.shape for t in oracles.run(model, x)]
+    assert [t.shape for t in oracles.outputs(slim, x)] == [t.shape for t in oracles.outputs(model, x)]
 
 
 @pytest.mark.parametrize("kind", [Heads, Partial, Packed], ids=lambda k: k.__name__)
@@ -373,7 +373,7 @@ def test_attributes_follow_what_they_count():
     assert slim.sizes == [slim.a.conv.in_channels, slim.b.conv.in_channels]
     assert model.sizes == [3, 7]
     assert type(model.inside) is int
-    oracles.run(slim, x)
+    oracles.outputs(slim, x)
 
 
 def test_half_precision_is_traced_and_exported():

@@ -1,1 +1,1 @@
-"""Benchmarks of widthkit itself: results are JSON with versions, device and date."""
+"""Measure models on your own devices; results are JSON with versions, device and date."""

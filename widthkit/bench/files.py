@@ -1,4 +1,4 @@
-"""What every benchmark writes: results with versions, device and date."""
+"""Write the results of a benchmark with versions, device and date."""
 
 from __future__ import annotations
 

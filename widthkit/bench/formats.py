@@ -1,4 +1,4 @@
-"""Every export format on several models: does it come out, how far off is it, how long does it take."""
+"""Export several models in every format: whether that works, how far off the result is, how long it takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from widthkit.bench.files import write
 from widthkit.errors import ExportError
 from widthkit.export import export, save
 from widthkit.modules.models import create_model
-from widthkit.supernet import make_supernet
+from widthkit.trace import trace
 from widthkit.train import recalibrate
 
 DEFAULT = (
@@ -46,11 +46,11 @@ def run(models: list[str], formats: list[str], dtype: str | None, size: int, dev
 
 
 def half(name: str, size: int, options: dict[str, Any]) -> nn.Module:
-    """Return a model at half of every width, its batch norms recalibrated on noise so that outputs are not tiny."""
+    """Return a model at half of every width; batch norms are recalibrated on noise, or outputs would be tiny."""
     torch.manual_seed(0)
     dense = create_model(name, **options)
-    net = make_supernet(dense, "ua", example_inputs=(1, 3, size, size))
-    slim = export(net, {g.name: max(1, g.width // 2) for g in net.space.groups})
+    graph = trace(dense, (1, 3, size, size))
+    slim = export(dense, {name: max(1, width // 2) for name, width in graph.full.items()}, graph=graph)
     recalibrate(slim, [(torch.randn(16, 3, size, size), None)])
     return slim.eval()
 
@@ -58,7 +58,7 @@ def half(name: str, size: int, options: dict[str, Any]) -> nn.Module:
 def measure(
     slim: nn.Module, format_: str, dtype: str | None, size: int, device: str, model: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Export one network in one format; the row says how far the file is from the network."""
+    """Export one network in one format; the row holds the difference between the file and the network."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -1,4 +1,4 @@
-"""How long tracing takes."""
+"""Measure how long tracing takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT = [
 
 
 def run(models: list[str], repeats: int, out: Path | None) -> None:
-    """Trace every model several times and print the median; the first trace pays for imports and is left out."""
+    """Trace every model several times and print the median; another model is traced first, to pay for imports."""
     console = Console()
     trace(create_model("torchvision/resnet18"))
     rows = []

@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 bench = typer.Typer(
-    help="Measure widthkit itself; results are JSON with versions and device.",
+    help="Measure models on your own devices; results are JSON with versions and device.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -8,8 +8,6 @@ import sys
 from typing import Any
 
 import widthkit.cli.bench
-import widthkit.cli.bench_score_model
-import widthkit.cli.deploy
 import widthkit.cli.export
 import widthkit.cli.job
 import widthkit.cli.plot

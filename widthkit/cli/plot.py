@@ -30,10 +30,10 @@ def plot_cardinality(
     out: Annotated[Path, typer.Option("--out", help="The PNG file")] = Path("cardinality.png"),
 ) -> None:
     """Draw how often each channel is judged and trained, counted from gradients on a small layer."""
-    from benchmarks.learn.run import Contender
+    from widthkit.registry import PluginChoice
     from widthkit.report.cardinality import draw_cardinality
     from widthkit.supernet.strategy import STRATEGIES, make_strategy
 
-    named = [Contender.read(text) for text in strategies or STRATEGIES.names()]
-    draw_cardinality({c.label: make_strategy(c.name, c.options) for c in named}, out, width=width, base=base)
+    choices = [PluginChoice.read(text) for text in strategies or STRATEGIES.names()]
+    draw_cardinality({c.label: make_strategy(c.name, c.options) for c in choices}, out, width=width, base=base)
     typer.echo(out)
