@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from command import here
+from widthkit.run.pipeline import Folder, RunConfig
 
 import widthkit as wk
 from widthkit.errors import OptionError
 from widthkit.report.run import remarks
-from widthkit.run.pipeline import Folder, RunConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--data", "digits", "--image-size", "32", "--limit", "60", "--batch-size", "30", "--k", "4", "--lr", "0.01"]

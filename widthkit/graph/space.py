@@ -17,7 +17,7 @@ import numpy as np
 from widthkit.errors import OptionError, WidthsError, close_matches
 from widthkit.graph.channel_graph import ChannelGraph, IntArray
 
-Limit = int | float | str
+WidthBound = int | float | str
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def uniform_space(
     graph: ChannelGraph,
     k: int = 20,
     *,
-    min_width: Limit = 1,
-    max_width: Limit = "1x",
+    min_width: WidthBound = 1,
+    max_width: WidthBound = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
 ) -> SearchSpace:
@@ -155,8 +155,8 @@ def flops_bins(
     graph: ChannelGraph,
     beta: float = 1.0,
     *,
-    min_width: Limit = 1,
-    max_width: Limit = "1x",
+    min_width: WidthBound = 1,
+    max_width: WidthBound = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
 ) -> SearchSpace:
@@ -214,8 +214,8 @@ def bin_sizes(graph: ChannelGraph, beta: float = 1.0) -> IntArray:
 def _space(
     graph: ChannelGraph,
     steps: Callable[[int, int], Iterable[float]],
-    min_width: Limit,
-    max_width: Limit,
+    min_width: WidthBound,
+    max_width: WidthBound,
     divisor: int,
     fixed: Mapping[str, int],
 ) -> SearchSpace:
@@ -247,7 +247,7 @@ def _fixed_width(name: str, width: Any, widest: int) -> int:
     return int(width)
 
 
-def resolve_limit(limit: Limit, width: int) -> int:
+def resolve_limit(limit: WidthBound, width: int) -> int:
     """Turn a limit into units: an int as it is (at most the width), a float or ``"0.5x"`` as a ratio of the width.
 
     >>> resolve_limit("1.5x", 64), resolve_limit(0.25, 64), resolve_limit(8, 64), resolve_limit("8", 4)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widthkit.files import atomic_write
-from widthkit.graph.space import Limit, SearchSpace, resolve_limit, uniform_space
+from widthkit.graph.space import SearchSpace, WidthBound, resolve_limit, uniform_space
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import Strategy
 from widthkit.trace import trace
@@ -63,7 +63,7 @@ class _InTurn(SearchSpace):
         return {g.name: g.options[(step // 2 + draw) % len(g.options)] for g in self.groups}
 
 
-def count(strategy: Strategy, width: int = 12, min_width: Limit = 1) -> Cardinality:
+def count(strategy: Strategy, width: int = 12, min_width: WidthBound = 1) -> Cardinality:
     """Run one layer at every width, and through training steps, and count which channels gradients reach.
 
     Args:
@@ -131,7 +131,7 @@ def _batch(seed: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 4, _IMAGES[:1], generator=generator)
 
 
-def draw(strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 12, base: Limit = "0.25x") -> None:
+def draw(strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 12, base: WidthBound = "0.25x") -> None:
     """Draw the cardinalities of several strategies, over all widths and over those from a base width up.
 
     Args:
@@ -143,7 +143,7 @@ def draw(strategies: Mapping[str, Strategy], path: str | Path, *, width: int = 1
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ranges: Sequence[Limit] = (1, resolve_limit(base, width))
+    ranges: Sequence[WidthBound] = (1, resolve_limit(base, width))
     figure = Figure(figsize=(1 + 2.6 * len(strategies), 8.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(4, len(strategies), squeeze=False, sharey="row")

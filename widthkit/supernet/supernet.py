@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from widthkit.errors import OptionError, PluginError, TraceError, WidthsError
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.graph.plan import Plan, apply_plan, grow, kept_units, make_plan
-from widthkit.graph.space import Limit, SearchSpace, make_space
+from widthkit.graph.space import SearchSpace, WidthBound, make_space
 from widthkit.modules.clone import real_clone
 from widthkit.modules.merging import merge
 from widthkit.modules.structure import Dense
@@ -299,8 +299,8 @@ def make_supernet(
     space: SearchSpace | None = None,
     k: int = 20,
     bins: float | None = None,
-    min_width: Limit = 1,
-    max_width: Limit = "1x",
+    min_width: WidthBound = 1,
+    max_width: WidthBound = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
     freeze: Sequence[str] = (),

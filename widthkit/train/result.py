@@ -140,3 +140,18 @@ def read_run(file: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | Non
         del wanted["processes"]  # nothing is left to train, so the weights may be used by any number of processes
     check_same_run(file, stored["fingerprint"], wanted)
     return stored
+
+
+def epochs_done(out: str | Path) -> int:
+    """Return how many epochs of the run in a folder are done; 0 if there is no checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged.
+    """
+    file = Path(out) / FILE_NAME
+    if not file.exists():
+        return 0
+    stored = load_tree(file)
+    if not isinstance(stored, dict) or not isinstance(stored.get("done"), int):
+        raise CheckpointError(f"{file} is not the checkpoint of a training run; choose another out folder.")
+    return int(stored["done"])
