@@ -56,7 +56,7 @@ def as_flag(option: Option) -> str:
     ('--fix conv1=8', 'no --image-size', 'risk=2')
     """
     if option.name in _FOLDER_FLAGS:
-        return _FOLDER_FLAGS[option.name]
+        return _FOLDER_FLAGS[option.name]  # the message names the folder itself
     found = _declared(option.name)
     if found is None:
         return str(option)

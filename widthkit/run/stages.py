@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from widthkit.budget import Budget
+from widthkit.budget import Budget, parse_budget
 from widthkit.export import export
 from widthkit.graph import ChannelGraph
 from widthkit.graph.narrow import narrow
 from widthkit.graph.space import WidthBound
 from widthkit.run.stage_plan import StagePlan, first_beta
+from widthkit.search import SEARCHERS, search
 from widthkit.search.near_budget import BAND
 from widthkit.search.result import SearchResult
-from widthkit.supernet import Supernet
-from widthkit.supernet.strategy import Strategy
+from widthkit.supernet import Supernet, make_supernet
+from widthkit.supernet.strategy import STRATEGIES, Strategy
+from widthkit.train import train
 
 TrainStage = Callable[[Supernet, int], object]
 SearchStage = Callable[[Supernet, Budget, int], SearchResult]
@@ -131,8 +133,8 @@ def search_in_stages(
     alpha: float = 2.0,
     bins: float | None = None,
     epochs: int = 10,
-    strategy: str | Strategy = "bc",
-    searcher: str = "greedy",
+    strategy: str | Strategy | None = None,
+    searcher: str | None = None,
     min_width: WidthBound = "0.1x",
     max_width: WidthBound = "1x",
     divisor: int = 1,
@@ -156,8 +158,8 @@ def search_in_stages(
         bins: Channels in a bin of the most sensitive group in the first stage (beta); by default ``alpha ** (stages -
             1)``, so that the last stage has 1.
         epochs: Epochs of every stage's supernet.
-        strategy: Sharing strategy.
-        searcher: Name of a registered searcher.
+        strategy: Sharing strategy, by name or as an instance; the installed default by default.
+        searcher: Name of a registered searcher; the installed default by default.
         min_width: Narrowest width, in terms of the model's own.
         max_width: Widest width of the first stage.
         divisor: Widths are multiples of this.
@@ -175,14 +177,11 @@ def search_in_stages(
     Raises:
         WidthkitError: If an option makes no sense here, or no network fits the budget.
     """
-    from widthkit.budget import parse_budget
-    from widthkit.search import search
-    from widthkit.supernet import make_supernet
-    from widthkit.train import train
-
+    sharing = STRATEGIES.default if strategy is None else strategy
+    method = SEARCHERS.default if searcher is None else searcher
     beta = first_beta(alpha, stages) if bins is None else bins
     limits: dict[str, Any] = {"min_width": min_width, "divisor": divisor, "fixed": fixed}
-    net = make_supernet(model, strategy, bins=beta, max_width=max_width, seed=seed, **limits, **(supernet or {}))
+    net = make_supernet(model, sharing, bins=beta, max_width=max_width, seed=seed, **limits, **(supernet or {}))
     plan = StagePlan(parse_budget(budget, net.graph), stages, alpha, beta, **limits)
     plan.check(net.space)
     folder = None if out is None else Path(out)
@@ -193,7 +192,7 @@ def search_in_stages(
         return train(net, train_loader, epochs, out=place(stage), **common, **(training or {}))
 
     def search_one(net: Supernet, limit: Budget, stage: int) -> SearchResult:
-        return search(net, valid_loader, limit, searcher, out=place(stage), **common, **(searching or {}))
+        return search(net, valid_loader, limit, method, out=place(stage), **common, **(searching or {}))
 
     found = run_stages(net, plan, train_one, search_one)
     if folder is not None:

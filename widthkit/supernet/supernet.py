@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widthkit.errors import OptionError, PluginError, TraceError, WidthsError
+from widthkit.errors import Option, OptionError, PluginError, TraceError, WidthsError
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.graph.plan import Plan, apply_plan, grow, kept_units, make_plan
 from widthkit.graph.space import SearchSpace, WidthBound, make_space
@@ -70,11 +70,13 @@ class Supernet(nn.Module):
         capacities = _capacities(space, strategy)
         plan, self.wide_graph = grow(graph, capacities)
         if branched is not None and scores is not None:
-            raise OptionError("a network that merges cannot be ranked yet; leave out rank= or merges=True")
+            raise OptionError("a network that merges cannot be ranked yet; leave out merges=True or ", Option("rank"))
         if branched is not None and plan.grows:
             raise OptionError(
                 f"a network that merges cannot grow, and {strategy} asks for more units than it has; "
-                "take another strategy or keep max_width at 1x"
+                "take another strategy or keep ",
+                Option("max_width"),
+                " at 1x",
             )
         self.merges = branched is not None
         self.model = apply_plan(model, plan, seed=seed) if branched is None else real_clone(branched)
@@ -277,7 +279,7 @@ def _orders(space: SearchSpace, strategy: Strategy, scores: Scores) -> dict[str,
     for choices in space.groups:
         ranking = ranked.get(choices.name)
         if ranking is None or len(ranking) != choices.width:
-            raise OptionError(f"rank= needs {choices.width} scores for group '{choices.name}'")
+            raise OptionError(Option("rank"), f" needs {choices.width} scores for group '{choices.name}'")
         order = np.asarray(strategy.order(ranking, choices))
         capacity = max(strategy.capacity(choices), choices.width)
         fits = order.ndim == 1 and choices.width <= len(order) <= capacity
@@ -299,7 +301,7 @@ def make_supernet(
     space: SearchSpace | None = None,
     k: int = 20,
     bins: float | None = None,
-    min_width: WidthBound = 1,
+    min_width: WidthBound = "0.1x",
     max_width: WidthBound = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from widthkit.errors import TraceError
+from widthkit.errors import Option, TraceError
 from widthkit.graph import ChannelGraph, ChannelGroup
 from widthkit.trace.candidate import TURNS, Draft, Misfit, check
 from widthkit.trace.components import Components
@@ -41,7 +41,9 @@ def probe(draft: Draft, *, limit: int = 400) -> ChannelGraph:
         if not mend(draft, misfit, turn):
             _freeze(draft, graph, solved, misfit, turn)
     assert misfit is not None
-    raise TraceError(f"{misfit.path or 'model'}: the shrunk model never ran ({misfit.why}); pass freeze= for this part")
+    raise TraceError(
+        f"{misfit.path or 'model'}: the shrunk model never ran ({misfit.why}); name the part in ", Option("freeze")
+    )
 
 
 def _first_misfit(draft: Draft, graph: ChannelGraph, solved: Components) -> tuple[int, Misfit] | None:

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from widthkit.errors import OptionError
+from widthkit.errors import Option, OptionError
 
 _BUCKET_ELEMENTS = 2**23
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
@@ -68,7 +68,9 @@ def _make_accelerator(mixed_precision: str, device: torch.device | None) -> Any:
     if device is not None:
         other = device.type != state.device.type
         if state.num_processes > 1 and other and not _ALONE.get():
-            raise OptionError(f"device='{device}' does not fit processes launched for {state.device.type}; drop it.")
+            raise OptionError(
+                Option("device", str(device)), f" does not fit processes launched for {state.device.type}; drop it."
+            )
         # Within a group, which card is ours was settled at launch.
         state.device = device if state.num_processes == 1 or other else state.device
     if _ALONE.get():
@@ -76,7 +78,7 @@ def _make_accelerator(mixed_precision: str, device: torch.device | None) -> Any:
         state.distributed_type = DistributedType.NO
     if mixed_precision == "fp16" and state.device.type == "cpu":
         # Accelerate would silently train in full precision.
-        raise OptionError("mixed_precision='fp16' cannot be used on a CPU; take 'no' or 'bf16'.")
+        raise OptionError(Option("mixed_precision", "fp16"), " cannot be used on a CPU; take 'no' or 'bf16'.")
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -86,7 +88,7 @@ def _make_accelerator(mixed_precision: str, device: torch.device | None) -> Any:
     except (ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise OptionError(
-            f"mixed_precision='{mixed_precision}' cannot be used: {reason}. Try 'no' or 'bf16'."
+            Option("mixed_precision", mixed_precision), f" cannot be used: {reason}. Try 'no' or 'bf16'."
         ) from error
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):

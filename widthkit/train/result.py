@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widthkit.errors import CheckpointError, OptionError
+from widthkit.errors import CheckpointError, Option, OptionError
 from widthkit.train.checkpoint import load_tree, save_tree
 from widthkit.train.settings import check_same_run
 
@@ -109,9 +109,11 @@ def prepare_out(out: str | Path | None) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"cannot make the folder out={out}: {error.strerror or error}. Choose another.") from error
+        raise OptionError(
+            f"cannot make the folder {out}: {error.strerror or error}; choose another ", Option("out")
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OptionError(f"cannot write into the folder out={out}: permission denied. Choose another.")
+        raise OptionError(f"cannot write into the folder {out}: permission denied; choose another ", Option("out"))
     return folder / FILE_NAME
 
 
