@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from command import here
-from widthkit.run.config import RunConfig
-from widthkit.run.folder import RunFolder
 
 import widthkit as wk
 from widthkit.errors import OptionError
 from widthkit.report.run import remarks
+from widthkit.run.config import RunConfig
+from widthkit.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--data", "digits", "--image-size", "32", "--limit", "60", "--batch-size", "30", "--k", "4", "--lr", "0.01"]
@@ -211,7 +211,7 @@ BAD = {
         ["slim", "timm/resnet10t", *TINY, "--precision", "fp16", "--device", "cpu", "--out", "OUT"], "bf16",
     ),
     "unknown device": (["slim", "timm/resnet10t", *TINY, "--device", "gpu", "--out", "OUT"], "Try --device cpu"),
-    "no epoch": (["train", "timm/resnet10t", *TINY, "--epochs", "0", "--out", "OUT"], "--epochs 0: it must be at least 1"),
+    "no epoch": (["train", "timm/resnet10t", *TINY, "--epochs", "0", "--out", "OUT"], "--epochs 0: it must be"),
     "empty batches": (["train", "timm/resnet10t", *TINY, "--batch-size", "0", "--out", "OUT"], "--batch-size 0"),
     "empty input": (["trace", "timm/resnet10t", "--input", "0,3,32,32"], "--input"),
     "negative input": (["trace", "timm/resnet10t", "--input", "1,3,-32,32"], "--input"),

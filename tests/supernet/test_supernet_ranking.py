@@ -17,15 +17,15 @@ from topologies import (
     TransposedGrouped,
 )
 from torch import nn
-from widthkit.run.build import build, fresh_model
-from widthkit.run.config import RunConfig
-from widthkit.run.folder import RunFolder
 from widthkit_plugins.strategies.bc import BilaterallyCoupled, both_ends
 from widthkit_plugins.strategies.bcv2 import BilaterallyCoupledV2
 
 from widthkit.errors import DataError, OptionError
 from widthkit.graph import ChannelGraph
 from widthkit.graph.space import GroupChoices
+from widthkit.run.build import build, fresh_model
+from widthkit.run.config import RunConfig
+from widthkit.run.folder import RunFolder
 from widthkit.supernet import make_supernet
 from widthkit.supernet.ranking import CRITERIA, unit_scores
 from widthkit.supernet.strategy import STRATEGIES

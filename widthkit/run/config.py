@@ -56,7 +56,7 @@ class RunConfig(BaseModel):
     )
 
     data: str = option(title="Data set", help="digits, fashion-mnist, cifar10, folder:DIR or npz:FILE", **_DATA)
-    data_dir: str | None = option(None, "Data folder", "Folder that holds the data set", **_DATA)
+    data_dir: str | None = option(None, "Data folder", "Where the files of fashion-mnist or cifar10 lie", **_DATA)
     image_size: int | None = option(
         None,
         "Image size",
@@ -64,7 +64,7 @@ class RunConfig(BaseModel):
         ge=1,
         **_DATA,
     )
-    limit: int | None = option(None, "Most images", "Most images per part of the data", ge=1, **_DATA)
+    limit: int | None = option(None, "Most images", "Each part of the data is cut to so many images", ge=1, **_DATA)
     augment: bool = option(False, "Augmentation", "Crop and flip training images at random", **_DATA)
 
     strategy: str = option(
@@ -76,12 +76,16 @@ class RunConfig(BaseModel):
     strategy_options: dict[str, Any] = option(
         {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_TRAINING
     )
-    epochs: int = option(10, "Epochs", "Epochs of the supernet", ge=1, **_TRAINING)
+    epochs: int = option(10, "Epochs", "Trainings of the supernet see the data so many times", ge=1, **_TRAINING)
     batch_size: int = option(128, "Batch size", "Images per training step", ge=1, **_TRAINING)
-    optimizer: str = option("sgd", "Optimiser", "Optimiser, by timm's name", **_TRAINING)
-    lr: float = option(0.05, "Learning rate", "Learning rate", gt=0, **_TRAINING)
-    weight_decay: float = option(1e-4, "Weight decay", "Weight decay", ge=0, **_TRAINING)
-    schedule: str = option("cosine", "Schedule", "Learning-rate schedule: cosine, step or constant", **_TRAINING)
+    optimizer: str = option("sgd", "Optimiser", "By timm's name; widthkit takes all of timm's optimisers", **_TRAINING)
+    lr: float = option(
+        0.05, "Learning rate", "Rate at which trainings start; the schedule lowers it", gt=0, **_TRAINING
+    )
+    weight_decay: float = option(
+        1e-4, "Weight decay", "Pull of the weights towards zero; biases and norms have none", ge=0, **_TRAINING
+    )
+    schedule: str = option("cosine", "Schedule", "How the learning rate falls: cosine, step or constant", **_TRAINING)
     clip_grad: float | None = option(
         5.0,
         "Gradient clipping",
@@ -90,12 +94,12 @@ class RunConfig(BaseModel):
         **_TRAINING,
     )
     mixed_precision: str = option(
-        "no", "Precision", "Mixed precision: no, bf16 or fp16", flag="--precision", **_TRAINING
+        "no", "Precision", "Half precision in trainings: no, bf16 or fp16", flag="--precision", **_TRAINING
     )
     device: str | None = option(
         None, "Device", "Where to run, such as cpu or cuda:0; chosen automatically by default", **_TRAINING
     )
-    seed: int = option(0, "Seed", "Seed of everything", ge=0, **_TRAINING)
+    seed: int = option(0, "Seed", "Seeds everything that is drawn at random", ge=0, **_TRAINING)
 
     k: int = option(20, "Choices per group", "Evenly spaced widths per channel group", ge=1, **_SPACE)
     bins: float | None = option(
@@ -107,10 +111,10 @@ class RunConfig(BaseModel):
         aliases=("beta",),
         **_SPACE,
     )
-    min_width: str = option(
-        "0.1x", "Narrowest width", "Narrowest width: a ratio such as 0.25x, or a number of channels", **_SPACE
+    min_width: str = option("0.1x", "Narrowest width", "A ratio such as 0.25x, or a number of channels", **_SPACE)
+    max_width: str = option(
+        "1x", "Widest width", "A ratio, or a number of channels; above 1x the supernet grows", **_SPACE
     )
-    max_width: str = option("1x", "Widest width", "Widest width; above 1x the supernet grows", **_SPACE)
     divisor: int = option(1, "Divisor", "Widths are multiples of this; 8 suits tensor cores", ge=1, **_SPACE)
     fixed: dict[str, int] = option({}, "Fixed widths", "Keep a channel group at one width", flag="--fix", **_SPACE)
 
@@ -143,7 +147,7 @@ class RunConfig(BaseModel):
     trial_epochs: int = option(
         2,
         "Epochs of a stand-alone training",
-        "Epochs of each stand-alone training that a searcher asks for",
+        "Each stand-alone training that a searcher asks for sees the data so many times",
         ge=1,
         **_SEARCH,
     )
@@ -158,8 +162,10 @@ class RunConfig(BaseModel):
         2.0, "Refinement of bins", "From stage to stage bins get finer by this factor", gt=0, **_SEARCH
     )
 
-    final_epochs: int = option(10, "Epochs of final trainings", "Epochs of each final training", ge=0, **_FINAL)
-    seeds: int = option(1, "Final trainings", "Final trainings per network, each with another seed", ge=1, **_FINAL)
+    final_epochs: int = option(
+        10, "Epochs of final trainings", "Each final training sees the data so many times", ge=0, **_FINAL
+    )
+    seeds: int = option(1, "Final trainings", "Trainings per compared network, each with another seed", ge=1, **_FINAL)
     init: Literal["scratch", "inherit"] = option(
         "scratch", "Start of final trainings", "Start from fresh weights or inherit the supernet's", **_FINAL
     )
