@@ -140,7 +140,7 @@ class RunFolder:
         config = self.searched_config()
         if not self.result_file.exists():
             raise CheckpointError(
-                f"the search in {self.path} is not finished; finish it with: {self._how(SEARCH, config)}"
+                f"{self.path} holds an unfinished search; finish it with: {self._how(SEARCH, config)}"
             )
         return SearchResult.load(self.result_file)
 

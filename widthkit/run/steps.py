@@ -169,23 +169,22 @@ def training_batches(built: Built, seed: int | None = None) -> DataLoader[Any]:
     return make_loader(built.data.train, c.batch_size, train=True, seed=c.seed if seed is None else seed)
 
 
-def train_alone(built: Built, net: Supernet, widths: Mapping[str, int]) -> float:
+def train_alone(built: Built, widths: Mapping[str, int]) -> float:
     """Train a network of given widths briefly from fresh weights, or go on; return its held-out accuracy.
 
     Args:
         built: What the run works with.
-        net: The supernet whose groups the widths are of.
         widths: Group name -> width.
     """
-    c = built.config
-    slim = export(fresh_model(c, built.data, c.seed), dict(widths), graph=net.graph)
+    c, graph = built.config, built.net.graph
+    slim = export(fresh_model(c, built.data, c.seed), dict(widths), graph=graph)
     name = hashlib.sha256(json.dumps(dict(widths), sort_keys=True).encode()).hexdigest()[:16]
     out = built.folder.path / "trials" / name
     batches = training_batches(built)
     train(slim, batches, c.trial_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
     recalibrate(slim, make_loader(built.data.train, c.batch_size, train=False))
     found = evaluate(slim, make_loader(built.data.valid, JUDGED_TOGETHER, train=False), device=c.device)
-    share = net.graph.macs(widths) / net.graph.macs()
+    share = graph.macs(widths) / graph.macs()
     built.say(f"stand-alone training: {share:.1%} of the MACs, accuracy {found['accuracy']:.2%}")
     return float(found["accuracy"])
 
