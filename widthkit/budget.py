@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from widthkit.errors import BudgetError
+from widthkit.errors import BudgetError, Option
 from widthkit.graph import ChannelGraph, FloatArray, Widths
 from widthkit.graph.space import SearchSpace
 from widthkit.latency import Conditions, LatencyModel, read_conditions
@@ -120,7 +120,8 @@ class Budget:
             shown += [m.show(m.cost(space.graph, narrow)) for m in self.limits if m.kind in ("memory", "latency")]
             raise BudgetError(
                 f"budget {self} is below the narrowest network of this space ({', '.join(shown)}); "
-                "raise the budget or lower min_width"
+                "raise the budget or lower ",
+                Option("min_width"),
             )
 
     def __str__(self) -> str:

@@ -7,11 +7,52 @@ code 2; nothing has been changed or half-written by then.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that a message names: a keyword in Python, a flag on the command line.
+
+    Args:
+        name: The keyword.
+        value: What it was set to; left out where the message only names the option.
+
+    >>> str(Option("min_width")), str(Option("k", 0))
+    ('min_width', 'k=0')
+    """
+
+    name: str
+    value: Any = ...
+
+    def __str__(self) -> str:
+        return self.name if self.value is ... else f"{self.name}={self.value!r}"
 
 
 class WidthkitError(Exception):
-    """Base class of every error that widthkit raises on purpose."""
+    """Base class of every error that widthkit raises on purpose.
+
+    Args:
+        *parts: The message, in parts: texts, and the options that it names. Texts are shown as they are.
+
+    >>> error = OptionError(Option("k", 0), ": a group needs at least one choice")
+    >>> str(error)
+    'k=0: a group needs at least one choice'
+    >>> error.message(lambda option: f"--{option.name} {option.value}")
+    '--k 0: a group needs at least one choice'
+    """
+
+    def __init__(self, *parts: str | Option) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return self.message()
+
+    def message(self, show: Callable[[Option], str] = str) -> str:
+        """Return the message, with every option as ``show`` writes it; as a Python keyword by default."""
+        return "".join(show(part) if isinstance(part, Option) else str(part) for part in self.args)
 
 
 class OptionError(WidthkitError):

@@ -14,6 +14,7 @@ from benchmarks.oracles import fake_outputs
 from widthkit.modules.clone import meta_clone
 from widthkit.modules.models import create_model
 from widthkit.trace.context import flat_tensors
+from widthkit.trace.fake_values import FakeValueMode
 from widthkit.trace.inputs import Inputs, needs_values
 from widthkit.trace.recorder import call_model, to_device
 

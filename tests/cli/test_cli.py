@@ -15,7 +15,8 @@ from command import here
 import widthkit as wk
 from widthkit.errors import OptionError
 from widthkit.report.run import remarks
-from widthkit.run.pipeline import Folder, RunConfig
+from widthkit.run.config import RunConfig
+from widthkit.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--data", "digits", "--image-size", "32", "--limit", "60", "--batch-size", "30", "--k", "4", "--lr", "0.01"]
@@ -138,8 +139,7 @@ def test_train_search_export_are_the_same_job_in_steps(tmp_path, capfd, monkeypa
     assert step("search", out).returncode == 2
     assert step("train", "timm/resnet10t", *TINY, "--epochs", "1", "--out", out).returncode == 0
     assert "search first" in step("export", out).stderr
-    found = step("search", out, "--budget", "0.6x", "--searcher", "random", "--searcher-option", "n=3",
-                 "--score-model", "none")  # fmt: skip
+    found = step("search", out, "--budget", "0.6x", "--searcher", "random", "--searcher-option", "n=3")
     assert found.returncode == 0, found.stderr
     assert len(json.loads((out / "search.json").read_text())["trials"]) == 3
     done = step("export", out)
@@ -210,8 +210,8 @@ BAD = {
     "precision that the device lacks": (
         ["slim", "timm/resnet10t", *TINY, "--precision", "fp16", "--device", "cpu", "--out", "OUT"], "bf16",
     ),
-    "unknown device": (["slim", "timm/resnet10t", *TINY, "--device", "gpu", "--out", "OUT"], "--device 'cpu'"),
-    "no epoch": (["train", "timm/resnet10t", *TINY, "--epochs", "0", "--out", "OUT"], "epochs"),
+    "unknown device": (["slim", "timm/resnet10t", *TINY, "--device", "gpu", "--out", "OUT"], "Try --device cpu"),
+    "no epoch": (["train", "timm/resnet10t", *TINY, "--epochs", "0", "--out", "OUT"], "--epochs 0: it must be"),
     "empty batches": (["train", "timm/resnet10t", *TINY, "--batch-size", "0", "--out", "OUT"], "--batch-size 0"),
     "empty input": (["trace", "timm/resnet10t", "--input", "0,3,32,32"], "--input"),
     "negative input": (["trace", "timm/resnet10t", "--input", "1,3,-32,32"], "--input"),
@@ -274,19 +274,19 @@ def test_remarks_name_what_disappoints():
 
 
 def test_a_folder_is_claimed_by_results_and_not_by_a_failed_start(tmp_path):
-    folder = Folder(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
     first = RunConfig(model="timm/resnet10t", data="digits", lr=50.0)
-    folder.begin(first, resume=False)
-    second = first.model_copy(update={"lr": 0.01})
-    folder.begin(second, resume=False)  # nothing but settings was there
+    folder.begin(first, "train", resume=False)
+    second = first.changed({"lr": 0.01})
+    folder.begin(second, "train", resume=False)  # nothing but options was there
     assert folder.config().lr == 0.01
     checkpoint = tmp_path / "run" / "supernet" / "checkpoint.safetensors"
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"weights")
     with pytest.raises(OptionError, match="already holds a run"):
-        folder.begin(first, resume=False)
+        folder.begin(first, "train", resume=False)
     with pytest.raises(OptionError, match=r"lr=0\.01"):
-        folder.begin(first, resume=True)
+        folder.begin(first, "train", resume=True)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -331,13 +331,13 @@ def test_stages_need_bins(tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--stages", "3", "--alpha", "0"], "--alpha 0.0: it must be a positive number"),
-        (["--bins", "0"], "--bins 0.0: the smallest bin size"),
-        (["--precision", "fp16", "--device", "cpu"], "--precision 'fp16' cannot be used on a CPU"),
+        (["--stages", "3", "--alpha", "0"], "--alpha 0.0: it must be above 0"),
+        (["--bins", "0"], "--bins 0.0: it must be above 0"),
+        (["--precision", "fp16", "--device", "cpu"], "--precision fp16 cannot be used on a CPU"),
         (["--data", "cifar10"], "cifar10 needs --data-dir, the folder"),
-        (["--data", "cifar10", "--data-dir", "nowhere"], "pass --data-dir FOLDER"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "pass --data-dir, the folder"),
         (["--batch-size", "0"], "--batch-size 0"),
-        (["--search-memory", "2XB"], "error: --search-memory '2XB': this is no amount"),
+        (["--search-memory", "2XB"], "error: --search-memory 2XB: this is no amount"),
         (["--searcher-option", "risk=2"], "error: risk=2: a probability above 0 and below 1"),
     ],
     ids=str,

@@ -51,7 +51,7 @@ def check(space, min_width, max_width, divisor):
 def test_uniform_spaces(k, divisor, min_width, max_width):
     ranges = [(resolve_limit(min_width, w), resolve_limit(max_width, w)) for w in three_layers().full.values()]
     if any(low > high for low, high in ranges):
-        with pytest.raises(OptionError, match=r"min_width .* exceeds max_width"):
+        with pytest.raises(OptionError, match=r"min_width=.* exceeds max_width"):
             uniform_space(three_layers(), k, min_width=min_width, max_width=max_width, divisor=divisor)
         return
     space = uniform_space(three_layers(), k, min_width=min_width, max_width=max_width, divisor=divisor)

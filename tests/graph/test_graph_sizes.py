@@ -14,7 +14,7 @@ import widthkit as wk
 from widthkit.budget import parse_budget
 from widthkit.graph.space import SearchSpace, bin_sizes, flops_bins, make_space, uniform_space
 from widthkit.report.space import draw_space, show_size, space_json
-from widthkit.run.stages import StagePlan
+from widthkit.run.stage_plan import StagePlan
 from widthkit.testing import small_graph
 from widthkit.trace import trace
 

@@ -17,7 +17,8 @@ from widthkit.errors import BudgetError, CheckpointError, OptionError
 from widthkit.graph.plan import apply_plan
 from widthkit.graph.resize import narrow
 from widthkit.graph.space import bin_sizes, flops_bins
-from widthkit.run.stages import StagePlan, first_beta, next_supernet, run_stages, search_in_stages
+from widthkit.run.stage_plan import StagePlan, first_beta
+from widthkit.run.stages import next_supernet, run_stages, search_in_stages
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace

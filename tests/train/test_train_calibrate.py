@@ -132,5 +132,5 @@ def test_batch_statistics_are_put_back_after_an_error_and_infinite_inputs():
 def test_options_are_checked():
     with pytest.raises(OptionError, match="batches=0"):
         recalibrate(nn.BatchNorm2d(3), [], batches=0)
-    with pytest.raises(OptionError, match="device 'nonsense'"):
+    with pytest.raises(OptionError, match="device='nonsense'"):
         recalibrate(nn.BatchNorm2d(3), [], device="nonsense")

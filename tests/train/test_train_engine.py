@@ -241,7 +241,7 @@ def test_resume_without_a_checkpoint_starts_from_scratch_and_no_resume_starts_ov
     [
         ({"lr": 0.5}, "run with lr=0.05, this one has lr=0.5"),
         ({"epochs": 3}, "epochs=2, this one has epochs=3"),
-        ({"optimizer": "adamw"}, "optimizer=sgd"),
+        ({"optimizer": "adamw"}, "optimizer='sgd'"),
         ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss=cross_entropy"),
         ({"net": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}, "shapes=1.weight"),
     ],
@@ -389,7 +389,7 @@ def test_evaluation_changes_nothing_and_is_a_mean_over_samples():
         ({"schedule": "cosin"}, "did you mean cosine"),
         ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8'"),
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16' cannot be used"),
-        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"device": "gpu"}, "device='gpu' cannot be used"),
         ({"out": "/dev/null/x"}, "cannot make the folder"),
     ],
 )

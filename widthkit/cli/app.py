@@ -9,7 +9,7 @@ app = typer.Typer(
     "search widths under a budget, export a dense network.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 bench = typer.Typer(

@@ -8,7 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from widthkit.cli.app import app
-from widthkit.cli.options import Device, read_widths, shape_of
+from widthkit.cli.options import InputShape, read_widths, shape_of
+from widthkit.errors import OptionError
+from widthkit.export import check_formats, load, origin_of, save
+from widthkit.run.build import build
+from widthkit.run.folder import RunFolder
+from widthkit.run.steps import export_widths, load_supernet
 
 
 @app.command("export")
@@ -22,19 +27,14 @@ def export_command(
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or fp64; the network's own by default")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels last in memory")] = False,
     fold_bn: Annotated[bool, typer.Option("--fold-bn", help="Fold batch norms into convolutions")] = False,
-    device: Device = None,
-    input_shape: Annotated[
-        str | None, typer.Option("--input", help="For a saved network: shape of the example input, 2,3,224,224")
-    ] = None,
+    device: Annotated[str, typer.Option(help="Where the network is exported, such as cpu or cuda:0")] = "cpu",
+    input_shape: InputShape = None,
     allow: Annotated[
         list[str] | None, typer.Option(help="For a saved network: a factory of your own that it may name")
     ] = None,
 ) -> None:
     """Write a slim network in any format; every file is checked against the network before it is kept."""
-    from widthkit.export import check_formats
-
-    form: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "fold_bn": fold_bn}
-    form["device"] = device or "cpu"
+    form: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "fold_bn": fold_bn, "device": device}
     chosen = formats or ["safetensors"]
     check_formats(chosen, **form)
     if run.is_dir() or not run.with_suffix(".json").exists():
@@ -48,16 +48,20 @@ def export_command(
 def _from_run(
     run: Path, widths: Path | None, out: Path | None, formats: list[str], form: dict[str, Any], allow: list[str]
 ) -> tuple[Path, ...]:
-    from widthkit.run.pipeline import Folder, Job
-
-    folder = Folder(run)
-    job = Job(folder.config(), folder)
+    folder = RunFolder(run)
     if widths is None and folder.finished:
         typer.echo("a finished run: exporting its trained network; --widths takes the supernet's weights", err=True)
         return _from_file(folder.path / "slim", None, out, formats, form, None, allow)
-    chosen = read_widths(widths) if widths else folder.result().widths
-    job.require_supernet()
-    return job.export_slim(chosen, out or _named(folder.path / "slim", form), formats, **form)
+    config = folder.searched_config() if folder.search_file.exists() else folder.config()
+    if widths is None:
+        folder.check_not_interrupted()
+        chosen = folder.result().widths
+    else:
+        chosen = read_widths(widths)
+    folder.check_trained(config)
+    built = build(config, folder, search=False)
+    load_supernet(built)
+    return export_widths(built, chosen, out or _named(folder.path / "slim", form), formats, **form)
 
 
 def _named(path: Path, form: dict[str, Any]) -> Path:
@@ -75,9 +79,6 @@ def _from_file(
     shape: tuple[int, ...] | None,
     allow: list[str],
 ) -> tuple[Path, ...]:
-    from widthkit.errors import OptionError
-    from widthkit.export import load, origin_of, save
-
     if widths is not None:
         raise OptionError("--widths needs the folder of a run; a saved network has its widths already")
     slim = load(path, allow=allow)

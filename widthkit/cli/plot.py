@@ -9,7 +9,7 @@ import typer
 
 from widthkit.cli.app import app
 
-plot = typer.Typer(help="Draw how strategies share weights.", no_args_is_help=True, rich_markup_mode=None)
+plot = typer.Typer(help="Draw how strategies share weights.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(plot, name="plot")
 
 

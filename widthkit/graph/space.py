@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from widthkit.errors import OptionError, WidthsError, close_matches
+from widthkit.errors import Option, OptionError, WidthsError, close_matches
 from widthkit.graph.channel_graph import ChannelGraph, IntArray
 
 WidthLimit = int | float | str
@@ -144,7 +144,7 @@ def uniform_space(
         WidthsError: If ``fixed`` names an unknown group, or a width that the group cannot have.
     """
     if k < 1:
-        raise OptionError(f"k={k}: a group needs at least one choice")
+        raise OptionError(Option("k", k), ": a group needs at least one choice")
 
     def steps(_: int, widest: int) -> list[float]:
         return [widest * i / k for i in range(1, k + 1)]
@@ -176,7 +176,7 @@ def flops_bins(
         WidthsError: If ``fixed`` names an unknown group, or a width that the group cannot have.
     """
     if not 0 < beta < math.inf:
-        raise OptionError(f"beta={beta}: the smallest bin size must be a positive number")
+        raise OptionError(Option("beta", beta), ": the smallest bin size must be a positive number")
     sizes = bin_sizes(graph, beta)
 
     def steps(g: int, widest: int) -> list[float]:
@@ -221,7 +221,7 @@ def _space(
     fixed: Mapping[str, int],
 ) -> SearchSpace:
     if divisor < 1:
-        raise OptionError(f"divisor={divisor}: it must be at least 1")
+        raise OptionError(Option("divisor", divisor), ": it must be at least 1")
     unknown = sorted(set(fixed) - set(graph.group_names))
     if unknown:
         raise WidthsError(f"unknown channel group '{unknown[0]}': {close_matches(unknown[0], graph.group_names)}")
@@ -229,7 +229,9 @@ def _space(
     for g, (name, width) in enumerate(graph.full.items()):
         low, high = resolve_limit(min_width, width), resolve_limit(max_width, width)
         if low > high:
-            raise OptionError(f"group '{name}': min_width {min_width} exceeds max_width {max_width}")
+            raise OptionError(
+                f"group '{name}': ", Option("min_width", min_width), " exceeds ", Option("max_width", max_width)
+            )
         options = {round(step / divisor) * divisor for step in steps(g, high)}
         options = {o for o in options if max(low, 1) <= o <= high} | {high}
         if (_number(min_width) if isinstance(min_width, str) else min_width) != 1 and low % divisor == 0:

@@ -1,8 +1,7 @@
-"""Search in several stages with evolving bins (CafeNet, section 3.3, Eq. 10).
+"""Search in several stages with evolving bins (CafeNet, section 3.3).
 
-The budget falls linearly from the full network's cost to the target, bins get finer by a factor from stage to stage,
-and the widths that a stage finds are the next stage's maximum: its supernet starts from the last one's weights, cut
-down to these widths. So the space stays small while the steps become fine.
+The widths that a stage finds are the next stage's maximum: its supernet starts from the last one's weights, cut down to
+these widths. So the space stays small while the steps become fine.
 """
 
 from __future__ import annotations
@@ -13,120 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from widthkit.budget import Budget
-from widthkit.errors import OptionError
+from widthkit.budget import Budget, parse_budget
 from widthkit.export import export
 from widthkit.graph import ChannelGraph
 from widthkit.graph.resize import narrow
-from widthkit.graph.space import SearchSpace, WidthLimit, flops_bins, resolve_limit
+from widthkit.graph.space import WidthLimit
+from widthkit.run.stage_plan import StagePlan, first_beta
+from widthkit.search import SEARCHERS, search
 from widthkit.search.near_budget import BAND
 from widthkit.search.result import SearchResult
-from widthkit.supernet import Supernet
-from widthkit.supernet.strategy import Strategy
+from widthkit.supernet import Supernet, make_supernet
+from widthkit.supernet.strategy import STRATEGIES, Strategy
+from widthkit.train import train
 
 TrainStage = Callable[[Supernet, int], object]
 SearchStage = Callable[[Supernet, Budget, int], SearchResult]
-
-
-def first_beta(alpha: float, stages: int) -> float:
-    """Return the first stage's beta for which the last one has 1.
-
-    Raises:
-        OptionError: If ``alpha`` is not a positive number, or too extreme for so many stages.
-
-    >>> first_beta(2, 3)
-    4.0
-    """
-    _check_alpha(alpha)
-    try:
-        beta = float(alpha) ** (stages - 1)
-    except OverflowError:
-        beta = math.inf
-    if not 0 < beta < math.inf:
-        raise OptionError(f"alpha={alpha}: bins of alpha ** (stages - 1) channels make no sense; take one near 2")
-    return beta
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < math.inf:
-        raise OptionError(f"alpha={alpha}: it must be a positive number")
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """How a search goes on from stage to stage.
-
-    Args:
-        budget: The last stage's budget.
-        stages: How many stages (T).
-        alpha: Bins get finer by this factor from stage to stage.
-        beta: Channels in a bin of the most sensitive group, in the first stage.
-        min_width: As in :func:`widthkit.make_supernet`, in terms of the model's own widths.
-        divisor: Widths are multiples of this.
-        fixed: Group name -> the one width that it keeps.
-    """
-
-    budget: Budget
-    stages: int = 3
-    alpha: float = 2.0
-    beta: float = 1.0
-    min_width: WidthLimit = 1
-    divisor: int = 1
-    fixed: Mapping[str, int] | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
-            raise OptionError(f"stages={self.stages}: a search has at least 1 stage")
-        _check_alpha(self.alpha)
-
-    def beta_at(self, stage: int) -> float:
-        """Channels in a bin of the most sensitive group, in stage 1, 2...
-
-        >>> plan = StagePlan(Budget(()), beta=4.0)
-        >>> [plan.beta_at(stage) for stage in (1, 2, 3)]
-        [4.0, 2.0, 1.0]
-        """
-        return float(self.beta / self.alpha ** (stage - 1))
-
-    def budget_at(self, stage: int, first: SearchSpace) -> Budget:
-        """Return the budget of stage 1, 2...: on a line from the first space's widest network to the target.
-
-        Every bound falls on a line of its own; one that the widest network holds stays as it is.
-        """
-        if stage == self.stages:
-            return self.budget
-        full = self.budget.costs(first.graph, first.largest)
-        limits = []
-        for limit, cost in zip(self.budget.limits, full.tolist(), strict=True):
-            ratio = max(1.0, cost - (cost - 1) * stage / self.stages)
-            value = type(limit.value)(limit.value * ratio)
-            limits.append(replace(limit, value=value, text=f"{limit.text} (stage {stage} of {self.stages}: {value})"))
-        return Budget(tuple(limits))
-
-    def check(self, first: SearchSpace) -> None:
-        """Refuse a budget that the first stage's narrowest network, or the last stage's, exceeds.
-
-        Args:
-            first: The space of the first stage; the last one's is foreseen with the widths of the model as it is.
-
-        Raises:
-            BudgetError: Naming the narrowest network's cost.
-        """
-        self.budget_at(1, first).check(first)
-        if self.stages > 1:
-            self.budget.check(self.space_at(self.stages, first.graph, first.graph.full))
-
-    def space_at(self, stage: int, graph: ChannelGraph, model: Mapping[str, int]) -> SearchSpace:
-        """Return the space of a later stage: bins up to the widths of ``graph``, limits as for the ``model``."""
-        space = flops_bins(graph, self.beta_at(stage), divisor=self.divisor, fixed=self.fixed)
-        groups = []
-        for g in space.groups:
-            low = min(resolve_limit(self.min_width, model[g.name]), g.widest)
-            options = {o for o in g.options if o >= low} | {g.widest}
-            if self.min_width not in (1, "1") and low % self.divisor == 0 and len(g.options) > 1:
-                options.add(low)
-            groups.append(replace(g, options=tuple(sorted(options))))
-        return replace(space, groups=tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -233,9 +133,9 @@ def search_in_stages(
     alpha: float = 2.0,
     bins: float | None = None,
     epochs: int = 10,
-    strategy: str | Strategy = "bc",
-    searcher: str = "greedy",
-    min_width: WidthLimit = 1,
+    strategy: str | Strategy | None = None,
+    searcher: str | None = None,
+    min_width: WidthLimit = "0.1x",
     max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
@@ -258,8 +158,8 @@ def search_in_stages(
         bins: Channels in a bin of the most sensitive group in the first stage (beta); by default ``alpha ** (stages -
             1)``, so that the last stage has 1.
         epochs: Epochs of every stage's supernet.
-        strategy: Sharing strategy.
-        searcher: Name of a registered searcher.
+        strategy: Sharing strategy, by name or as an instance; the installed default by default.
+        searcher: Name of a registered searcher; the installed default by default.
         min_width: Narrowest width, in terms of the model's own.
         max_width: Widest width of the first stage.
         divisor: Widths are multiples of this.
@@ -277,14 +177,11 @@ def search_in_stages(
     Raises:
         WidthkitError: If an option makes no sense here, or no network fits the budget.
     """
-    from widthkit.budget import parse_budget
-    from widthkit.search import search
-    from widthkit.supernet import make_supernet
-    from widthkit.train import train
-
+    sharing = STRATEGIES.default if strategy is None else strategy
+    method = SEARCHERS.default if searcher is None else searcher
     beta = first_beta(alpha, stages) if bins is None else bins
     limits: dict[str, Any] = {"min_width": min_width, "divisor": divisor, "fixed": fixed}
-    net = make_supernet(model, strategy, bins=beta, max_width=max_width, seed=seed, **limits, **(supernet or {}))
+    net = make_supernet(model, sharing, bins=beta, max_width=max_width, seed=seed, **limits, **(supernet or {}))
     plan = StagePlan(parse_budget(budget, net.graph), stages, alpha, beta, **limits)
     plan.check(net.space)
     folder = None if out is None else Path(out)
@@ -295,7 +192,7 @@ def search_in_stages(
         return train(net, train_loader, epochs, out=place(stage), **common, **(training or {}))
 
     def search_one(net: Supernet, limit: Budget, stage: int) -> SearchResult:
-        return search(net, valid_loader, limit, searcher, out=place(stage), **common, **(searching or {}))
+        return search(net, valid_loader, limit, method, out=place(stage), **common, **(searching or {}))
 
     found = run_stages(net, plan, train_one, search_one)
     if folder is not None:

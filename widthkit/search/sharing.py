@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthkit.budget import memory_amount
-from widthkit.errors import OptionError
+from widthkit.errors import Option, OptionError
 from widthkit.search.known import Known, Run
 from widthkit.search.lineage import Memo, replace
 from widthkit.supernet import Supernet
@@ -41,7 +41,7 @@ def parse_memory(memory: str | int) -> int:
         return memory
     amount = memory_amount(str(memory))
     if amount is None:
-        raise OptionError(f"memory={memory!r}: this is no amount; write it like 2GB or 500MiB")
+        raise OptionError(Option("memory", memory), ": this is no amount; write it like 2GB or 500MiB")
     return int(amount)
 
 

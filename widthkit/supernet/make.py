@@ -26,7 +26,7 @@ def make_supernet(
     space: SearchSpace | None = None,
     k: int = 20,
     bins: float | None = None,
-    min_width: WidthLimit = 1,
+    min_width: WidthLimit = "0.1x",
     max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,

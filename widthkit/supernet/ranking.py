@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
-from widthkit.errors import DataError, OptionError, close_matches
+from widthkit.errors import DataError, Option, OptionError, close_matches
 from widthkit.graph import ChannelGraph, ChannelGroup, Site
 from widthkit.modules.clone import named_tensors, real_clone
 from widthkit.train.losses import cross_entropy
@@ -194,7 +194,7 @@ def _samples(inputs: Any, targets: Any) -> list[tuple[Any, Any, int]]:
 def rankings(scores: Scores) -> dict[str, npt.NDArray[np.int64]]:
     """Group name -> units, the most important first; equal ones keep their order."""
     if not isinstance(scores, Mapping):
-        raise OptionError(f"rank= is a criterion's name or a mapping of scores, not {scores!r}")
+        raise OptionError(Option("rank"), f" is a criterion's name or a mapping of scores, not {scores!r}")
     return {name: np.argsort(-np.asarray(values), kind="stable") for name, values in scores.items()}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widthkit.errors import OptionError, WidthsError
+from widthkit.errors import Option, OptionError, WidthsError
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.graph.plan import Plan, apply_plan, kept_units, make_plan
 from widthkit.graph.resize import grow
@@ -71,11 +71,13 @@ class Supernet(nn.Module):
         super().__init__()
         plan, self.wide_graph = grow(graph, capacities(space, strategy))
         if branched is not None and scores is not None:
-            raise OptionError("a network that merges cannot be ranked yet; leave out rank= or merges=True")
+            raise OptionError("a network that merges cannot be ranked yet; leave out merges=True or ", Option("rank"))
         if branched is not None and plan.grows:
             raise OptionError(
                 f"a network that merges cannot grow, and {strategy} asks for more units than it has; "
-                "take another strategy or keep max_width at 1x"
+                "take another strategy or keep ",
+                Option("max_width"),
+                " at 1x",
             )
         self.merges = branched is not None
         self.model = apply_plan(model, plan, seed=seed) if branched is None else real_clone(branched)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from widthkit.errors import TraceError
+from widthkit.errors import Option, TraceError
 from widthkit.graph import ChannelGraph, ChannelGroup
 from widthkit.trace.candidate import N_SHRUNK_COPIES, Candidate, Mismatch, check
 from widthkit.trace.components import Components
@@ -41,8 +41,9 @@ def probe(candidate: Candidate, *, max_mismatches: int = 400) -> ChannelGraph:
             _freeze(candidate, graph, solved, mismatch, copy_index)
     assert mismatch is not None
     raise TraceError(
-        f"{mismatch.path or 'model'}: no shrunk copy of the model runs ({mismatch.why}); "
-        f"pass freeze=['{mismatch.path or '*'}']"
+        f"{mismatch.path or 'model'}: no shrunk copy of the model runs ({mismatch.why}); name "
+        f"'{mismatch.path or '*'}' in ",
+        Option("freeze"),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from widthkit.errors import DataError, OptionError
+from widthkit.errors import DataError, Option, OptionError
 from widthkit.train.datasets import ArrayDataset, FileDataset, ImageDataset, Preparation, collate
 from widthkit.train.images import IMAGENET_MEAN, IMAGENET_STD, check_channels, image_form, statistics, to_grey
 from widthkit.train.parts import Part, Source
@@ -97,7 +97,7 @@ def load_data(
     """
     for option, value, low in (("image_size", image_size, 1), ("limit", limit, 1), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-            raise DataError(f"{option} must be a whole number of at least {low}, not {value!r}.")
+            raise DataError(Option(option), f" must be a whole number of at least {low}, not {value!r}.")
     source = read_source(name, None if data_dir is None else Path(data_dir).expanduser())
     native_size, channels = _form(source.train)
     for part in (source.valid, source.test):
@@ -138,8 +138,8 @@ def make_loader(
     [100, 100, 87]
     """
     if batch_size < 1 or workers < 0:
-        wrong = f"batch_size={batch_size}: at least 1" if batch_size < 1 else f"workers={workers}: at least 0"
-        raise OptionError(f"{wrong} is needed.")
+        wrong = (Option("batch_size", batch_size), 1) if batch_size < 1 else (Option("workers", workers), 0)
+        raise OptionError(wrong[0], f": at least {wrong[1]} is needed.")
     count = len(dataset) if isinstance(dataset, Sized) else 0
     if count == 0:
         raise DataError(f"the data set ({type(dataset).__name__}) is empty; check where it was loaded from.")

@@ -32,7 +32,7 @@ def train(
     momentum: float = 0.9,
     schedule: str = "cosine",
     warmup_epochs: int = 0,
-    clip_grad: float | None = None,
+    clip_grad: float | None = 5.0,
     mixed_precision: str = "no",
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -65,7 +65,8 @@ def train(
         momentum: Momentum, for optimisers that have one.
         schedule: ``cosine`` (to 0), ``step`` (divided by 10 after each third of the run) or ``constant``.
         warmup_epochs: Epochs, out of ``epochs``, in which the rate rises from ``lr / 100``.
-        clip_grad: Largest norm of the whole gradient, or ``None``.
+        clip_grad: Largest norm of the whole gradient, or ``None``; narrow sub-networks of a fresh supernet have steep
+            losses.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` (GPU only).
         device: Such as ``cpu`` or ``cuda:1``; an accelerator if there is one when ``None``, else the CPU.
         seed: Seed of data order, augmentation, dropout and the strategy's random choices.

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from widthkit.errors import DataError, ModelError, OptionError
+from widthkit.errors import DataError, ModelError, Option, OptionError
 from widthkit.train import parallel
 from widthkit.train.history import WidthHistory
 from widthkit.train.losses import Loss, count_correct
@@ -127,8 +127,11 @@ class Trainer:
             if self.widths is not None:
                 self.widths.drop_pending()
             raise OptionError(
-                f"training diverged in epoch {self.done + 1}: {error}. The model is as the last epoch left it; "
-                f"lower lr (now {self.settings.lr:g}) or set clip_grad."
+                f"training diverged in epoch {self.done + 1}: {error}. The model is as the last epoch left it; lower ",
+                Option("lr"),
+                f" (now {self.settings.lr:g}) or ",
+                Option("clip_grad"),
+                f" (now {self.settings.clip_grad}).",
             ) from None
         finally:
             self.optimizer.zero_grad()

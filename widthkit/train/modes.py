@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthkit.errors import DataError, OptionError
+from widthkit.errors import DataError, Option, OptionError
 
 
 @contextmanager
@@ -139,7 +139,9 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as error:
-        raise OptionError(f"device '{device}' cannot be used here: {_first_line(error)}. Try device='cpu'.") from error
+        raise OptionError(
+            Option("device", str(device)), f" cannot be used here: {_first_line(error)}. Try ", Option("device", "cpu")
+        ) from error
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widthkit.errors import CheckpointError, OptionError
+from widthkit.errors import CheckpointError, Option, OptionError
 from widthkit.train.checkpoint import load_tree, save_tree
 from widthkit.train.settings import check_same_run
 
@@ -109,9 +109,11 @@ def prepare_out(out: str | Path | None) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"cannot make the folder out={out}: {error.strerror or error}. Choose another.") from error
+        raise OptionError(
+            f"cannot make the folder {out}: {error.strerror or error}; choose another ", Option("out")
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OptionError(f"cannot write into the folder out={out}: permission denied. Choose another.")
+        raise OptionError(f"cannot write into the folder {out}: permission denied; choose another ", Option("out"))
     return folder / FILE_NAME
 
 
@@ -140,3 +142,18 @@ def read_run(file: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | Non
         del wanted["processes"]  # nothing is left to train, so the weights may be used by any number of processes
     check_same_run(file, stored["fingerprint"], wanted)
     return stored
+
+
+def epochs_done(out: str | Path) -> int:
+    """Return how many epochs of the run in a folder are done; 0 if there is no checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged.
+    """
+    file = Path(out) / FILE_NAME
+    if not file.exists():
+        return 0
+    stored = load_tree(file)
+    if not isinstance(stored, dict) or not isinstance(stored.get("done"), int):
+        raise CheckpointError(f"{file} is not the checkpoint of a training run; choose another out folder.")
+    return int(stored["done"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import timm.optim
 from torch import nn
 
-from widthkit.errors import CheckpointError, DataError, OptionError, close_matches
+from widthkit.errors import CheckpointError, DataError, Option, OptionError, close_matches
 from widthkit.train.losses import CrossEntropy
 
 SCHEDULES = ("constant", "cosine", "step")
@@ -118,9 +118,20 @@ def check_same_run(path: Any, stored: Mapping[str, Any], wanted: Mapping[str, An
         if name not in stored or stored[name] != value:
             old, new = _difference(stored.get(name), value)
             raise CheckpointError(
-                f"{path} is of a run with {name}={old}, this one has {name}={new}; use the old value, "
-                f"another out folder, or resume=False."
+                f"{path} is of a run with ",
+                _shown(name, old),
+                ", this one has ",
+                _shown(name, new),
+                "; use the old value, another ",
+                Option("out"),
+                ", or start without ",
+                Option("resume"),
             )
+
+
+def _shown(name: str, value: Any) -> str | Option:
+    """Name a setting; a fingerprint also holds what is no option."""
+    return Option(name, value) if name in {f.name for f in fields(Settings)} | {"batch_size"} else f"{name}={value}"
 
 
 def _difference(old: Any, new: Any) -> tuple[Any, Any]:
@@ -139,18 +150,18 @@ def _loss_name(loss: Any) -> str:
 
 def _at_least(name: str, value: float, low: float, whole: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise OptionError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r}.")
+        raise OptionError(Option(name), f" must be {'a whole number' if whole else 'a number'}, not {value!r}.")
     if not (math.isfinite(value) and value >= low):
-        raise OptionError(f"{name} must be at least {low}, not {value}.")
+        raise OptionError(Option(name), f" must be at least {low}, not {value}.")
 
 
 def _above_zero(name: str, value: float) -> None:
     _at_least(name, value, 0)
     if value == 0:
-        raise OptionError(f"{name} must be greater than 0.")
+        raise OptionError(Option(name), " must be greater than 0.")
 
 
 def _known(name: str, value: str, known: Iterable[str]) -> None:
     names = list(known)
     if value not in names:
-        raise OptionError(f"unknown {name} '{value}': {close_matches(str(value), names)}")
+        raise OptionError("unknown ", Option(name), f" '{value}': {close_matches(str(value), names)}")

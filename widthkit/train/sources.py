@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torchvision
 
-from widthkit.errors import DataError, close_matches
+from widthkit.errors import DataError, Option, close_matches
 from widthkit.train.fashion import read_fashion
 from widthkit.train.folders import read_folder
 from widthkit.train.npz import read_npz
@@ -35,9 +35,13 @@ def read_source(name: str, data_dir: Path | None) -> Source:
     if name not in readers:
         raise DataError(f"unknown data source '{name}': {close_matches(name, _KINDS)}")
     if data_dir is None:
-        raise DataError(f"{name} needs data_dir, the folder its files lie in; or use 'digits', which needs none.")
+        raise DataError(
+            f"{name} needs ", Option("data_dir"), ", the folder its files lie in; or use 'digits', which needs none."
+        )
     if not data_dir.is_dir():
-        raise DataError(f"{name}: there is no folder {data_dir}; pass data_dir=FOLDER with the data set's files.")
+        raise DataError(
+            f"{name}: there is no folder {data_dir}; pass ", Option("data_dir"), ", the folder of the data set's files."
+        )
     return readers[name](data_dir)
 
 

@@ -1,0 +1,228 @@
+"""Every option of a run, declared once: commands, help, the docs' table and errors are made from this file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from widthkit.errors import Option, OptionError
+from widthkit.run.option import SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of
+from widthkit.search import SEARCHERS
+from widthkit.supernet.strategy import STRATEGIES
+
+_MODEL: dict[str, Any] = {"group": "Model", "commands": (TRACE, SPACE, TRAIN, SLIM)}
+_START: dict[str, Any] = {"group": "Model", "commands": (TRAIN, SLIM)}
+_DATA: dict[str, Any] = {"group": "Data", "commands": (TRAIN, SLIM)}
+_SPACE: dict[str, Any] = {"group": "Search space", "commands": (SPACE, TRAIN, SLIM)}
+_TRAINING: dict[str, Any] = {"group": "Training", "commands": (TRAIN, SLIM)}
+_SEARCH: dict[str, Any] = {"group": "Search", "commands": (SEARCH, SLIM)}
+_FINAL: dict[str, Any] = {"group": "Final trainings", "commands": (SLIM,)}
+
+
+class RunConfig(BaseModel):
+    """Everything that a run depends on; two runs with equal settings on one machine give equal results.
+
+    Raises:
+        OptionError: If a value has the wrong type or is out of bounds.
+
+    >>> config = RunConfig(model="timm/resnet10t", data="digits", k=4)
+    >>> config.k, config.min_width
+    (4, '0.1x')
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = option(
+        title="Dense model", help="torchvision/NAME, timm/NAME or package.module:factory", flag="MODEL", **_MODEL
+    )
+    model_options: dict[str, Any] = option(
+        {}, "Model's arguments", "Argument of the model's factory; the value is JSON", flag="--model-option", **_MODEL
+    )
+    freeze: list[str] = option([], "Frozen modules", "Module path or pattern whose output widths stay", **_MODEL)
+    pretrained: bool = option(False, "Pretrained weights", "Start from the library's weights", **_START)
+    rank: str | None = option(
+        None,
+        "Ranking of units",
+        "Order units by importance before they are shared, for pretrained models: magnitude, bn-scale, lamp, fpgm, "
+        "taylor or hessian",
+        **_START,
+    )
+    rank_images: int = option(
+        256, "Images for the ranking", "Training images for the rankings that need gradients", ge=1, **_START
+    )
+
+    data: str = option(title="Data set", help="digits, fashion-mnist, cifar10, folder:DIR or npz:FILE", **_DATA)
+    data_dir: str | None = option(None, "Data folder", "Where the files of fashion-mnist or cifar10 lie", **_DATA)
+    image_size: int | None = option(
+        None,
+        "Image size",
+        "Side length to which images are resized; by default their own, but not below 32",
+        ge=1,
+        **_DATA,
+    )
+    limit: int | None = option(None, "Most images", "Each part of the data is cut to so many images", ge=1, **_DATA)
+    augment: bool = option(False, "Augmentation", "Crop and flip training images at random", **_DATA)
+
+    strategy: str = option(
+        lambda: STRATEGIES.default,
+        "Sharing strategy",
+        "How sub-networks share weights; widthkit plugins lists the strategies",
+        **_TRAINING,
+    )
+    strategy_options: dict[str, Any] = option(
+        {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_TRAINING
+    )
+    epochs: int = option(10, "Epochs", "Trainings of the supernet see the data so many times", ge=1, **_TRAINING)
+    batch_size: int = option(128, "Batch size", "Images per training step", ge=1, **_TRAINING)
+    optimizer: str = option("sgd", "Optimiser", "By timm's name; widthkit takes all of timm's optimisers", **_TRAINING)
+    lr: float = option(
+        0.05, "Learning rate", "Rate at which trainings start; the schedule lowers it", gt=0, **_TRAINING
+    )
+    weight_decay: float = option(
+        1e-4, "Weight decay", "Pull of the weights towards zero; biases and norms have none", ge=0, **_TRAINING
+    )
+    schedule: str = option("cosine", "Schedule", "How the learning rate falls: cosine, step or constant", **_TRAINING)
+    clip_grad: float | None = option(
+        5.0,
+        "Gradient clipping",
+        "Largest norm of the whole gradient; narrow sub-networks of a fresh supernet have steep losses",
+        gt=0,
+        **_TRAINING,
+    )
+    mixed_precision: str = option(
+        "no", "Precision", "Half precision in trainings: no, bf16 or fp16", flag="--precision", **_TRAINING
+    )
+    device: str | None = option(
+        None, "Device", "Where to run, such as cpu or cuda:0; chosen automatically by default", **_TRAINING
+    )
+    seed: int = option(0, "Seed", "Seeds everything that is drawn at random", ge=0, **_TRAINING)
+
+    k: int = option(20, "Choices per group", "Evenly spaced widths per channel group", ge=1, **_SPACE)
+    bins: float | None = option(
+        None,
+        "FLOPs-sensitive bins",
+        "Bins of about equal MACs instead of evenly spaced widths; so many channels in a bin of the most sensitive "
+        "group (the first stage's)",
+        gt=0,
+        aliases=("beta",),
+        **_SPACE,
+    )
+    min_width: str = option("0.1x", "Narrowest width", "A ratio such as 0.25x, or a number of channels", **_SPACE)
+    max_width: str = option(
+        "1x", "Widest width", "A ratio, or a number of channels; above 1x the supernet grows", **_SPACE
+    )
+    divisor: int = option(1, "Divisor", "Widths are multiples of this; 8 suits tensor cores", ge=1, **_SPACE)
+    fixed: dict[str, int] = option({}, "Fixed widths", "Keep a channel group at one width", flag="--fix", **_SPACE)
+
+    budget: str = option(
+        "0.5x",
+        "Budget",
+        "What the slim network may cost: 0.5x, 2.0GMACs, 3.1Mparams, memory such as 12MB or 12MB@batch=16,bf16, "
+        "latency such as 1.8ms@cuda:0,batch=8,channels_last; several with commas",
+        **_SEARCH,
+    )
+    searcher: str = option(
+        lambda: SEARCHERS.default,
+        "Searcher",
+        "How widths are searched; widthkit plugins lists the searchers",
+        **_SEARCH,
+    )
+    searcher_options: dict[str, Any] = option(
+        {}, "Searcher's options", "Option of the searcher; the value is JSON", flag="--searcher-option", **_SEARCH
+    )
+    search_images: int = option(
+        2048, "Held-out images", "Most held-out images on which a candidate is judged", ge=1, **_SEARCH
+    )
+    search_memory: str = option(
+        "2GB",
+        "Memory for sharing",
+        "Most memory for what candidates that are judged together share",
+        aliases=("memory",),
+        **_SEARCH,
+    )
+    trial_epochs: int = option(
+        2,
+        "Epochs of a stand-alone training",
+        "Each stand-alone training that a searcher asks for sees the data so many times",
+        ge=1,
+        **_SEARCH,
+    )
+    stages: int = option(
+        1,
+        "Stages",
+        "Search in so many stages: bins get finer, and a stage starts from the widths that the last one found",
+        ge=1,
+        **_SEARCH,
+    )
+    alpha: float = option(
+        2.0, "Refinement of bins", "From stage to stage bins get finer by this factor", gt=0, **_SEARCH
+    )
+
+    final_epochs: int = option(
+        10, "Epochs of final trainings", "Each final training sees the data so many times", ge=0, **_FINAL
+    )
+    seeds: int = option(1, "Final trainings", "Trainings per compared network, each with another seed", ge=1, **_FINAL)
+    init: Literal["scratch", "inherit"] = option(
+        "scratch", "Start of final trainings", "Start from fresh weights or inherit the supernet's", **_FINAL
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _refusal(error) from None
+
+    def training(self) -> dict[str, Any]:
+        """Return the settings that every training of the run shares."""
+        names = ("optimizer", "lr", "weight_decay", "schedule", "clip_grad", "mixed_precision", "device")
+        return {name: getattr(self, name) for name in names}
+
+    def of(self, command: str) -> dict[str, Any]:
+        """Return the values of the options that a command takes."""
+        return {name: getattr(self, name) for name, declared in run_options().items() if command in declared.commands}
+
+    def changed(self, values: Mapping[str, Any]) -> RunConfig:
+        """Return a configuration with other values for some options."""
+        return RunConfig(**{**self.model_dump(), **values})
+
+
+@cache
+def run_options() -> dict[str, RunOption]:
+    """Return all options of a run by name, in the order in which they are shown."""
+    return options_of(RunConfig)
+
+
+def command_line(command: str, config: RunConfig, arguments: Iterable[str]) -> str:
+    """Return the command line that gives a command the options of a configuration; defaults are left out.
+
+    Args:
+        command: Its name.
+        config: The options.
+        arguments: Words that follow the command's name.
+
+    >>> command_line("train", RunConfig(model="timm/resnet10t", data="digits", k=4), ["--out", "out/a"])
+    'widthkit train --out out/a timm/resnet10t --data digits --k 4'
+    """
+    words = ["widthkit", command, *arguments]
+    for name, value in config.of(command).items():
+        declared = run_options()[name]
+        if declared.required or value != declared.default:
+            words += declared.write(value)
+    return shlex.join(words)
+
+
+def _refusal(error: ValidationError) -> OptionError:
+    """Say in one line what pydantic refuses."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "missing":
+        return OptionError(Option(name), " is missing")
+    if first["type"] == "extra_forbidden":
+        return OptionError(f"a run has no option '{name}'")
+    bounds = run_options()[name].bounds
+    why = f"it must be {bounds}" if bounds and "than" in first["type"] else first["msg"]
+    return OptionError(Option(name, first["input"]), f": {why}")

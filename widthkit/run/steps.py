@@ -1,0 +1,218 @@
+"""The steps of a run: train the supernet, load it, search widths, export what was found.
+
+Every step takes up what an interrupted run left in the folder. :func:`widthkit.run.build.build` comes first,
+:func:`widthkit.run.final.finish` last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from widthkit.budget import Budget
+from widthkit.export import check_same, export, save
+from widthkit.graph.plan import kept_units
+from widthkit.run.build import Built, fresh_model
+from widthkit.run.stages import next_supernet, run_stages
+from widthkit.search import SearchResult
+from widthkit.search import search as search_widths
+from widthkit.search.measured import describe_rows
+from widthkit.supernet import Supernet
+from widthkit.train import evaluate, make_loader, recalibrate, train
+
+JUDGED_TOGETHER = 512
+"""Images per batch where nothing is trained."""
+
+
+def train_supernet(built: Built, net: Supernet | None = None, stage: int = 1) -> None:
+    """Train a supernet, or go on where its training was interrupted.
+
+    Args:
+        built: What the run works with.
+        net: The supernet of a later stage; the first one by default.
+        stage: Its stage.
+    """
+    net = net or built.net
+    options = str(net.strategy).removeprefix(type(net.strategy).__name__)
+    size = f"{len(net.space.groups)} groups, {net.space.size:.3g} width vectors"
+    built.say(f"supernet: {built.config.strategy}{options}, {size}")
+    result = train(
+        net,
+        training_batches(built),
+        built.config.epochs,
+        seed=built.config.seed,
+        out=built.folder.supernet(stage),
+        resume=True,
+        progress=built.progress,
+        **built.config.training(),
+    )
+    built.say(f"supernet: trained {result.epochs} epochs, loss {result.loss:.4f}")
+
+
+def load_supernet(built: Built, net: Supernet | None = None, stage: int = 1) -> None:
+    """Load the weights of a supernet that was trained before; nothing is trained.
+
+    Args:
+        built: What the run works with.
+        net: The supernet of a later stage; the first one by default.
+        stage: Its stage.
+
+    Raises:
+        CheckpointError: If there is none, or if its training was interrupted; the line says how to finish it.
+    """
+    built.folder.check_trained(built.config, stage)
+    # Training that is complete returns at once, with the stored weights.
+    train(
+        net or built.net,
+        training_batches(built),
+        built.config.epochs,
+        seed=built.config.seed,
+        out=built.folder.supernet(stage),
+        resume=True,
+        progress=False,
+        **built.config.training(),
+    )
+
+
+def search(built: Built, *, resume: bool = True) -> SearchResult:
+    """Search widths in a trained supernet, or go on; later stages train their supernets on the way.
+
+    Args:
+        built: What the run works with.
+        resume: Go on with an interrupted search.
+
+    Raises:
+        OptionError: If the folder holds a search already and ``resume`` is false, or if it had other options.
+    """
+    built.folder.begin_search(built.config, resume)
+    if built.config.stages == 1:
+        return _search_stage(built, built.net, built.budget, built.folder.path)
+
+    def train_stage(net: Supernet, stage: int) -> None:
+        if stage > 1:
+            train_supernet(built, net, stage)
+
+    def search_stage(net: Supernet, budget: Budget, stage: int) -> SearchResult:
+        return _search_stage(built, net, budget, built.folder.stage(stage, built.config))
+
+    result = run_stages(built.net, built.stage_plan, train_stage, search_stage).result
+    result.save(built.folder.result_file)
+    return result
+
+
+def supernet_of(built: Built, widths: Mapping[str, int]) -> Supernet:
+    """Return the trained supernet whose weights these widths take: the last stage's for what its search found.
+
+    Args:
+        built: What the run works with; its first supernet is trained.
+        widths: Group name -> width.
+    """
+    file = built.folder.result_file
+    if built.config.stages == 1 or not file.exists():
+        return built.net
+    result = SearchResult.load(file)
+    if result.widths != dict(widths):
+        return built.net
+    net, plan = built.net, built.stage_plan
+    for before, row in itertools.pairwise(result.settings["stages"]):
+        net = next_supernet(net, before["widths"], plan, row["stage"], built.net)
+        load_supernet(built, net, row["stage"])
+    return net
+
+
+def export_widths(
+    built: Built, widths: dict[str, int], path: Path, formats: Sequence[str] = ("safetensors",), **form: Any
+) -> tuple[Path, ...]:
+    """Write the network of given widths with the supernet's weights, its batch norms recalibrated.
+
+    Args:
+        built: What the run works with; its supernet is trained.
+        widths: Group name -> width.
+        path: Where to write.
+        formats: As in :func:`widthkit.save`.
+        **form: ``dtype``, ``channels_last``, ``fold_bn`` and ``device``, as there.
+
+    Raises:
+        ExportError: If the network computes something else than the supernet at these widths, or a file something
+            else than the network; nothing is written then.
+    """
+    kept_units(built.net.graph, widths)
+    net = supernet_of(built, widths)
+    slim = export(net, widths)
+    images = torch.stack([built.data.valid[i][0] for i in range(2)])
+    # Before recalibration: the supernet's statistics are still the slim network's.
+    same = check_same(net.set_widths(widths), slim, images, name="the slim network")
+    built.say(f"slim: largest difference from the supernet {same.largest_difference:.2g}")
+    recalibrate(slim, make_loader(built.data.train, built.config.batch_size, train=False))
+    return save(
+        slim.cpu(),
+        path,
+        formats=formats,
+        model=built.config.model,
+        kwargs=built.factory_options,
+        example_inputs=images,
+        say=built.say,
+        **form,
+    )
+
+
+def training_batches(built: Built, seed: int | None = None) -> DataLoader[Any]:
+    """Return the batches that trainings take, in the order of a seed; the run's by default."""
+    c = built.config
+    return make_loader(built.data.train, c.batch_size, train=True, seed=c.seed if seed is None else seed)
+
+
+def train_alone(built: Built, widths: Mapping[str, int]) -> float:
+    """Train a network of given widths briefly from fresh weights, or go on; return its held-out accuracy.
+
+    Args:
+        built: What the run works with.
+        widths: Group name -> width.
+    """
+    c, graph = built.config, built.net.graph
+    slim = export(fresh_model(c, built.data, c.seed), dict(widths), graph=graph)
+    name = hashlib.sha256(json.dumps(dict(widths), sort_keys=True).encode()).hexdigest()[:16]
+    out = built.folder.path / "trials" / name
+    batches = training_batches(built)
+    train(slim, batches, c.trial_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
+    recalibrate(slim, make_loader(built.data.train, c.batch_size, train=False))
+    found = evaluate(slim, make_loader(built.data.valid, JUDGED_TOGETHER, train=False), device=c.device)
+    share = graph.macs(widths) / graph.macs()
+    built.say(f"stand-alone training: {share:.1%} of the MACs, accuracy {found['accuracy']:.2%}")
+    return float(found["accuracy"])
+
+
+def _search_stage(built: Built, net: Supernet, budget: Budget, folder: Path) -> SearchResult:
+    c = built.config
+    # The parts of the data interleave their classes, so the first images are a fair sample.
+    count = min(c.search_images, len(built.data.valid))  # type: ignore[arg-type]
+    images = Subset(built.data.valid, range(count))
+    # TODO(search): the new search takes judging=Judging(memory=...) and train_fn; the supernet is where it is judged.
+    result = search_widths(
+        net,
+        make_loader(images, JUDGED_TOGETHER, train=False),
+        budget,
+        c.searcher,
+        seed=c.seed,
+        out=folder,
+        resume=True,
+        progress=built.progress,
+        device=c.device,
+        score_model=None,
+        memory=c.search_memory,
+        **c.searcher_options,
+    )
+    used = budget.usage(net.graph, result.widths)
+    built.say(f"search: {len(result.trials)} networks judged; best uses {used:.1%} of the budget {budget}")
+    if "remark" in result.settings:
+        built.say(f"search: {result.settings['remark']}")
+    for phrase in describe_rows(result.measured):
+        built.say(f"search: {phrase}")
+    return result
