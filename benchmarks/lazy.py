@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import ConcatDataset, Subset
+from widthkit.search.build import make_searcher
 
 from benchmarks.small import MODELS
 from widthkit.bench.files import write
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.modules.models import create_model
-from widthkit.search.build import make_searcher
 from widthkit.search.evaluator import Evaluator
 from widthkit.search.journal import Journal
 from widthkit.search.loop import run_loop

@@ -11,15 +11,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
+from widthkit.search.design import d_optimal, design_columns
+from widthkit.search.guided import Guidance, GuidedSearch
 
 from benchmarks.channel_bench import ChannelBench, load
 from widthkit.bench.files import write
 from widthkit.budget import Budget, Limit
 from widthkit.errors import DataError
 from widthkit.graph import IntArray
-from widthkit.search.design import d_optimal, design_columns
 from widthkit.search.evaluator import Judgement
-from widthkit.search.guided import Guidance, GuidedSearch
 from widthkit.search.journal import Journal
 from widthkit.search.score_model import SCORE_MODELS, FloatArray, Observations
 from widthkit.search.searcher import SEARCHERS, Searcher

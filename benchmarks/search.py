@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from torch import nn
+from widthkit.search.build import make_searcher
 
 from widthkit.bench.files import write
 from widthkit.budget import Budget, parse_budget
 from widthkit.graph.space import SearchSpace, uniform_space
 from widthkit.modules.models import create_model
-from widthkit.search.build import make_searcher
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.loop import run_loop

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from torch import nn
+from widthkit.search.build import make_searcher
 from widthkit_plugins.searchers.evolution.pips import potential_errors, prior_population
 from widthkit_plugins.searchers.evolution.pips_program import Bounds, fit
 from widthkit_plugins.searchers.evolution.searcher import EvolutionSearcher
@@ -19,7 +20,6 @@ from widthkit.errors import OptionError
 from widthkit.graph.expectation import Expectation, moments
 from widthkit.graph.space import uniform_space
 from widthkit.search import search
-from widthkit.search.build import make_searcher
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace

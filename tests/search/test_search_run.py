@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from widthkit.search.progress import SearchBar
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
 from widthkit_plugins.strategies.ua import UniversallyAligned
 
@@ -19,7 +20,6 @@ from widthkit.search import SEARCHERS, Searcher, SearchResult, Trial, search
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.journal import Journal
 from widthkit.search.outcome import describe
-from widthkit.search.progress import SearchBar
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.train import batch_statistics

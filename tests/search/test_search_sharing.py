@@ -13,12 +13,12 @@ from torch import nn
 from torchvision.models.densenet import DenseNet
 from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
+from widthkit.search.known import Known
 
 from benchmarks.greedy import bounds
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.search.evaluator import Evaluator
-from widthkit.search.known import Known
 from widthkit.search.sharing import parse_memory, sharing_order
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_graph
