@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Separate:
     Args:
         net: The supernet.
         vectors: Width vectors.
+        training: Run in training mode.
 
     Attributes:
         n_paths: Per width vector, how many sub-networks stand for it.
@@ -38,15 +40,24 @@ class Separate:
     why = ""
     peak_bytes = 0
 
-    def __init__(self, net: Supernet, vectors: Sequence[Mapping[str, int]]) -> None:
+    def __init__(self, net: Supernet, vectors: Sequence[Mapping[str, int]], training: bool = False) -> None:
         self._net = net
+        self._training = training
         self._paths = [net.paths(widths) for widths in vectors]
         self.n_paths = [len(paths) for paths in self._paths]
 
     def run(self, who: int, path: int, batch: int, inputs: Any) -> Any:
         """Return the outputs of one sub-network on a batch."""
-        with seeded(0):
+        with self._scope():
             return self._net.run(self._paths[who][path], inputs)
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        """Every run begins in the same state: seeds, modes, and running statistics."""
+        with seeded(0), batch_statistics(self._net.model):
+            if self._training:
+                self._net.model.train()
+            yield
 
     def forget(self) -> None:
         """Drop what is kept for later runs."""
@@ -64,7 +75,7 @@ class Together(Separate):
         if self.why:
             return super().run(who, path, batch, inputs)
         try:
-            with seeded(0):
+            with self._scope():
                 outputs = self._candidates.run(who, path, batch, inputs)
         except Exception as error:
             # Without sharing the model either works, and the reason is told, or fails for reasons of its own.
@@ -121,7 +132,7 @@ class Evaluator:
 
     def __call__(self, widths: Mapping[str, int]) -> Judgement:
         """Judge one width vector."""
-        return self._judge_block(Separate(self.net, [widths]), range(1))[0]
+        return self._judge_block(self._separate([widths]), range(1))[0]
 
     def judge_many(self, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement]]:
         """Judge several width vectors, each as calling the evaluator would; what they share is computed once.
@@ -135,7 +146,7 @@ class Evaluator:
         order = sharing_order(self.net, vectors)
         ordered = [vectors[place] for place in order]
         together = self.share and not self.unshared and len(vectors) > 1
-        runs = Together(self.net, ordered, self.judging.memory_bytes) if together else Separate(self.net, ordered)
+        runs = Together(self.net, ordered, self.judging.memory_bytes) if together else self._separate(ordered)
         size, start = 1, 0
         while start < len(order):
             block = range(start, min(start + size, len(order)))
@@ -148,6 +159,9 @@ class Evaluator:
                 runs.forget()
                 size = BLOCK
         runs.forget()
+
+    def _separate(self, vectors: Sequence[Mapping[str, int]]) -> Separate:
+        return Separate(self.net, vectors, self.judging.training)
 
     def _judge_block(self, runs: Separate, block: range) -> list[Judgement]:
         """Judge some neighbours of a list, batch by batch."""
@@ -166,9 +180,7 @@ class Evaluator:
     def _judge_batch(self, runs: Separate, who: int, path: int, number: int) -> tuple[float, float | None]:
         """Return loss and accuracy of one sub-network on one batch."""
         batch = self.batches[number]
-        with torch.inference_mode(), batch_statistics(self.net.model):
-            if self.judging.training:
-                self.net.model.train()
+        with torch.inference_mode():
             outputs = runs.run(who, path, number, batch.inputs)
             return float(self.loss(outputs, batch.targets)), accuracy(outputs, batch.targets)
 

@@ -78,6 +78,11 @@ class TopUp(Searcher):
         """Whether the budget is almost used, or nothing more can be done."""
         return not self._asked
 
+    @property
+    def progress(self) -> float:
+        """The search that is topped up is over."""
+        return 1.0
+
     def _propose(self) -> list[WidthVector]:
         wider = self._moves(1)
         usage = self._usage(wider)

@@ -151,8 +151,7 @@ class GuidedSearcher(Searcher):
     def _choose(self) -> Steps:
         """Judge what the model expects most of, until a network has a finite score: that one is chosen."""
         self._fit()
-        pool = self._finalists()
-        for row in pool[np.argsort(-self.model.predict(pool).mean, kind="stable")]:
+        for row in self._finalists():
             widths = named(self.space, row[None])[0]
             if widths not in self._seen:
                 yield [widths]
@@ -164,18 +163,18 @@ class GuidedSearcher(Searcher):
         raise ModelError("none of the networks that the score model prefers has a finite score")
 
     def _finalists(self) -> IntArray:
-        """Return ``[n, groups]``: proposed or judged, near the budget where the space has such points."""
+        """Return ``[n, groups]``: proposed or judged, those near the budget first, the most promising ones first."""
         asked = ask_model(self._make_proposer(), self.model, self.budget)
         pool = np.concatenate([asked, self._seen_widths()])
         start = asked[0] if len(asked) else pool[0]
         full = list(fullest(self.space, self.budget).widths.values())
         pool = np.concatenate([pool, climb(self.model, self.space, self.budget, start)[None], np.array([full])])
         pool = np.unique(pool, axis=0)
-        usage = usage_of(self.space, self.budget, pool)
-        near = (usage > NEAR) & (usage <= 1)
-        pool = pool[near if near.any() else usage <= 1]
+        pool = pool[usage_of(self.space, self.budget, pool) <= 1]
         diverged = [w for w, score in zip(self._seen, self._scores, strict=True) if not math.isfinite(score)]
-        return pool[[widths not in diverged for widths in named(self.space, pool)]]
+        pool = pool[[widths not in diverged for widths in named(self.space, pool)]]
+        near = usage_of(self.space, self.budget, pool) > NEAR
+        return np.asarray(pool[np.lexsort((-self.model.predict(pool).mean, ~near))])
 
     def _fit(self) -> None:
         scores = Observations(self._seen_widths(), np.array(self._scores))
