@@ -18,6 +18,7 @@ from widthkit.graph import ChannelGraph
 from widthkit.latency.timing import keep_pages
 from widthkit.modules.models import create_model
 from widthkit.search.evaluator import Evaluator
+from widthkit.search.judging import Judging
 from widthkit.supernet import make_supernet
 
 DEFAULT = ["torchvision/resnet50", "torchvision/mobilenet_v2", "torchvision/densenet121"]
@@ -84,14 +85,14 @@ def measure(name: str, size: int, batch: int, repeats: int, memory: str, device:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator)
     labels = torch.randint(0, 1000, (batch,), generator=generator)
-    judge, alone = (
-        Evaluator(net, [(images, labels)], F.cross_entropy, device=device, memory=memory, share=share)
-        for share in (True, False)
-    )
+    net.to(device)
+    judging = Judging(memory=memory)
+    judge = Evaluator(net, [(images, labels)], F.cross_entropy, judging)
+    alone = Evaluator(net, [(images, labels)], F.cross_entropy, judging, share=False)
     times: dict[str, list[tuple[float, float]]] = {"plain": [], "shared": []}
-    list(judge.many(candidates[:2]))
+    list(judge.judge_many(candidates[:2]))
     for _ in range(repeats):
-        together = judge.many(candidates)
+        together = judge.judge_many(candidates)
         for _ in candidates:
             (place, shared), seconds = timed(partial(next, together), device)
             times["shared"].append(seconds)
@@ -112,5 +113,5 @@ def measure(name: str, size: int, batch: int, repeats: int, memory: str, device:
         "share_of_bound": float(gain) / bound,
         "identical": True,
         "unshared": judge.unshared,
-        "kept_bytes": judge.kept_bytes,
+        "peak_bytes": judge.peak_bytes,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
+from widthkit_plugins.searchers.guided.design import d_optimal, design_columns
+from widthkit_plugins.searchers.guided.searcher import GuidedSearcher
 
 from benchmarks.channel_bench import ChannelBench, load
 from widthkit.bench.files import write
 from widthkit.budget import Budget, Limit
 from widthkit.errors import DataError
 from widthkit.graph import FloatArray, IntArray
-from widthkit.search.design import d_optimal, design_columns
-from widthkit.search.evaluator import Judgement
-from widthkit.search.guided import Guidance, GuidedSearch
-from widthkit.search.journal import Journal
 from widthkit.search.score_model import SCORE_MODELS, Observations
-from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.version import versions
 
 EVALUATIONS = (64, 256, 1024)
@@ -96,18 +93,17 @@ class Benchmark:
         place = {tuple(w): i for i, w in enumerate(self.bench.widths.tolist())}
         space, nobody = self.bench.space, np.zeros(0, dtype=np.int64)
 
-        def judge(widths: Mapping[str, int]) -> Judgement:
-            score = float(values[place[tuple(widths.values())]])
-            return Judgement(score, -score, None)
-
         found = []
         for seed in range(self.seeds):
-
-            def engine(seed: int = seed) -> Searcher:
-                return SEARCHERS.get("random")(space, self.budget, np.random.default_rng(seed))
-
-            search = GuidedSearch(Guidance(model, n), engine, space, self.budget, judge, Journal(None, ""), {})
-            pick = place[tuple(search.run(seed).widths.values())]
+            search = GuidedSearcher(
+                space, self.budget, np.random.default_rng(seed), model=model, proposals="random", evaluations=n
+            )
+            while not search.done:
+                asked = search.ask()
+                search.tell(asked, [float(values[place[tuple(widths.values())]]) for widths in asked])
+            choice = search.choice()
+            assert choice is not None
+            pick = place[tuple(choice.values())]
             tau = self.judge(search.model.predict(self.bench.widths).mean, nobody, nobody)[0]
             found.append([tau, *self.regrets(pick, nobody, nobody)])
         tau, regret, expected, unseen = np.mean(found, axis=0).tolist()

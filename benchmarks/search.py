@@ -19,10 +19,11 @@ from widthkit.budget import Budget, parse_budget
 from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace, uniform_space
 from widthkit.modules.models import create_model
-from widthkit.search.evaluator import Evaluator, Judgement
+from widthkit.search.evaluator import Evaluator
+from widthkit.search.judging import Judgement
 from widthkit.search.result import Trial
 from widthkit.search.searcher import SEARCHERS
-from widthkit.search.top_up import filler
+from widthkit.search.top_up import top_up
 from widthkit.supernet import make_supernet
 from widthkit.trace import trace
 from widthkit.train import load_data, make_loader, train
@@ -86,7 +87,7 @@ def searched(name: str, score: SyntheticScore, budget: Budget, seed: int, most: 
     space, history = score.space, {"history": score.history(500, seed)}
     searcher = SEARCHERS.build(name, {}, space, budget, np.random.default_rng(seed), offered=history)
     judged = ask_and_tell(searcher, score.of, most)
-    rest = filler(space, budget, [_trial(space, widths, value) for widths, value in judged.items()], seed)
+    rest = top_up(space, budget, [_trial(space, widths, value) for widths, value in judged.items()], seed)
     return judged | ({} if rest is None else ask_and_tell(rest, score.of))
 
 

@@ -28,6 +28,7 @@ from widthkit.graph import ChannelGraph
 from widthkit.graph.space import SearchSpace, uniform_space
 from widthkit.registry import PluginChoice
 from widthkit.search.evaluator import Evaluator
+from widthkit.search.judging import Judging
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.trace import trace
 from widthkit.train import DataSplits, evaluate, load_data, make_loader, train
@@ -176,7 +177,7 @@ class Records:
         start = time.perf_counter()
         self._train(net, self.setup.supernet_epochs, 0, self.folder / _record_name(choice))
         seconds = time.perf_counter() - start
-        judge = Evaluator(net, self.loader("valid"), cross_entropy(), batch_size=self.setup.valid_images)
+        judge = Evaluator(net, self.loader("valid"), cross_entropy(), Judging(self.setup.valid_images))
         judged = [judge(widths) for widths in self.widths[0]]
         record = {
             "strategy": choice.label,

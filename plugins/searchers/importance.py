@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from widthkit.budget import Budget
 from widthkit.errors import OptionError, close_matches
+from widthkit.graph import FloatArray
 from widthkit.graph.space import SearchSpace
 from widthkit.search.searcher import OneShotSearcher, WidthVector
 from widthkit.supernet.ranking import CRITERIA
 
-Scores = Mapping[str, npt.NDArray[np.float64]]
+Scores = Mapping[str, FloatArray]
 
 
 class ImportanceSearcher(OneShotSearcher):
@@ -28,7 +28,7 @@ class ImportanceSearcher(OneShotSearcher):
         budget: What the result may cost.
         rng: Not used.
         criterion: ``magnitude``, ``bn-scale``, ``lamp``, ``fpgm``, ``taylor`` or ``hessian``.
-        importance: From a criterion to a score per unit; the search provides it. Without it all units count alike.
+        unit_scores: From a criterion to a score per unit; the search provides it. Without it all units count alike.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class ImportanceSearcher(OneShotSearcher):
         budget: Budget,
         rng: np.random.Generator,
         criterion: str = "magnitude",
-        importance: Callable[[str], Scores] | None = None,
+        unit_scores: Callable[[str], Scores] | None = None,
     ) -> None:
         super().__init__(space, budget, rng)
         if criterion not in CRITERIA:
             raise OptionError(f"unknown importance criterion '{criterion}': {close_matches(criterion, CRITERIA)}")
         self.criterion = criterion
-        self._importance = importance
+        self._unit_scores = unit_scores
 
     def propose(self) -> WidthVector:
         """The widths that one ranking of all units leaves."""
         even = {g.name: np.ones(g.widest) for g in self.space.groups}
-        scores = even if self._importance is None else self._importance(self.criterion)
+        scores = even if self._unit_scores is None else self._unit_scores(self.criterion)
         return prune(self.space, self.budget, scores)
 
 

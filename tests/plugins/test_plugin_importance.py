@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from widthkit.search.build import make_searcher
 from widthkit_plugins.searchers.importance import ImportanceSearcher, prune
 
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.graph.space import uniform_space
 from widthkit.search import SEARCHERS, search
-from widthkit.search.build import make_searcher
 from widthkit.supernet import make_supernet
 from widthkit.supernet.ranking import unit_scores
 from widthkit.testing import SearcherConformance, small_batch, small_graph, small_net

@@ -19,7 +19,7 @@ from widthkit.errors import OptionError
 from widthkit.graph.expectation import Expectation, moments
 from widthkit.graph.space import uniform_space
 from widthkit.search import search
-from widthkit.search.build import make_searcher
+from widthkit.search.resources import Resources, make_searcher
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace
@@ -184,7 +184,7 @@ def test_entropy_spreads_the_distributions():
 
 @pytest.mark.parametrize("text", ["0.3x", "0.5x", "0.5x,3kparams"])
 def test_populations_are_distinct_inside_and_better_than_random(text):
-    """The mean score of the first population, over six scores; random and prior under the same budget and band."""
+    """The mean score of the first population, over six scores; random and prior under the same budget."""
     gains = []
     for seed in range(6):
         space = small_spaces()[seed % 2]
@@ -218,7 +218,7 @@ def test_a_budget_without_polynomials_is_held_all_the_same():
     space = small_spaces()[1]
     budget = Time((Limit("ms", 0.7, "0.7ms"),))
     history = SyntheticScore(space, 0).history(300, 0)
-    asked = prior_population(space, budget, history, np.random.default_rng(0), 20, entropy=0.1, band=0.5)
+    asked = prior_population(space, budget, history, np.random.default_rng(0), 20, entropy=0.1, near_budget=0.5)
     assert len(asked) == 20
     assert all(budget.fits(space.graph, w) for w in asked)
 
@@ -237,10 +237,12 @@ def test_the_search_hands_the_history_to_searchers_that_want_it():
     budget = parse_budget("0.5x", net.graph)
     first = {}
     for pips in (True, False):
-        engine = make_searcher("evolution", net, budget, np.random.default_rng(0), {"population": 8, "pips": pips})
+        engine = make_searcher(
+            "evolution", Resources(net), budget, np.random.default_rng(0), {"population": 8, "pips": pips}
+        )
         first[pips] = engine.ask()
     assert first[True] != first[False]
-    greedy = make_searcher("greedy", net, budget, np.random.default_rng(0), {})
+    greedy = make_searcher("greedy", Resources(net), budget, np.random.default_rng(0), {})
     assert not hasattr(greedy, "history")
     loader = [small_batch(0)]
     result = search(net, loader, budget, "evolution", population=4, generations=2, progress=False)
@@ -256,7 +258,7 @@ def test_nothing_is_asked_twice_in_one_search():
     while not engine.done:
         now = engine.ask()
         asked += [tuple(w.values()) for w in now]
-        engine.tell(now, [score.of(w) for w in now])
+        engine.tell(now, score(np.array([list(w.values()) for w in now])).tolist())
     assert len(asked) == len(set(asked)) > 180
 
 
@@ -271,7 +273,7 @@ def test_options_that_make_no_sense(options):
 
 
 def test_searchers_against_brute_force():
-    """Gap 0 is the best network in the band, 1 the mean one inside; at most 120 of 4,096 networks are judged."""
+    """Gap 0 is the best network near the budget, 1 the mean one inside; at most 120 of 4,096 networks are judged."""
     space = small_spaces()[0]
     rows = {
         row["searcher"]: row

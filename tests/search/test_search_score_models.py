@@ -10,6 +10,8 @@ import pytest
 import torch.nn.functional as F
 from scipy.stats import kendalltau
 from torch import nn
+from widthkit.search.acquire import acquire, ask_model, climb, expected_improvement
+from widthkit.search.design import candidates, d_optimal, design_columns
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
 from benchmarks import channel_bench
@@ -18,8 +20,6 @@ from widthkit.budget import parse_budget
 from widthkit.errors import CheckpointError, DataError, ModelError, OptionError, PluginError, WidthsError
 from widthkit.graph.space import uniform_space
 from widthkit.search import SearchResult, search
-from widthkit.search.acquire import acquire, ask_model, climb, expected_improvement
-from widthkit.search.design import candidates, d_optimal, design_columns
 from widthkit.search.evaluator import Evaluator, Judgement
 from widthkit.search.score_model import SCORE_MODELS, Observations, Prediction, ScoreModel
 from widthkit.search.searcher import SEARCHERS

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from torch import nn
 from widthkit_plugins.searchers.greedy import GreedySearcher
-from widthkit_plugins.searchers.random_search import RandomSearcher, draw_in_band
+from widthkit_plugins.searchers.random_search import RandomSearcher, draw_near_budget
 from widthkit_plugins.searchers.uniform import UniformSearcher
 
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.graph.space import flops_bins, uniform_space
-from widthkit.search.evaluator import Judgement
-from widthkit.search.journal import Journal
-from widthkit.search.loop import run_loop
+from widthkit.search.judging import Judgement
+from widthkit.search.loop import Loop
 from widthkit.trace import trace
 
 
@@ -33,9 +32,16 @@ def every_point(space):
 
 def run(searcher, score):
     """All trials of a search whose judge is a plain function of the widths."""
-    return run_loop(
-        searcher, searcher.space.graph, lambda w: Judgement(score(w), -score(w), None), Journal(None, ""), {}
-    )
+
+    def judge(vectors):
+        return ((i, Judgement(score(w), -score(w), None)) for i, w in enumerate(vectors))
+
+    return Loop(searcher.space.graph, judge).run(searcher)
+
+
+def steps(space, now):
+    """What greedy compares next, of which it is known where it has come to."""
+    return [step for step in (space.narrower(now, name) for name in space.names) if step is not None]
 
 
 def best_inside(trials, budget):
@@ -99,8 +105,8 @@ def test_greedy_is_the_loop_of_autoslim(space, ratio, score):
     searcher = GreedySearcher(space, budget, np.random.default_rng(0))
     trials = run(searcher, score)
     assert [t.widths for t in trials] == visited
-    assert searcher.state_dict()["now"] == way[-1]
     assert budget.fits(graph(), way[-1])
+    assert searcher.done
     assert searcher.progress == 1.0
 
 
@@ -172,12 +178,12 @@ def test_greedy_slims_the_wider_network_down_to_the_models_cost():
 
 def test_greedy_breaks_ties_towards_the_group_that_saves_more():
     space = uniform_space(graph(), 4)
-    searcher = GreedySearcher(space, parse_budget("0.9x", graph()), np.random.default_rng(0))
+    searcher = GreedySearcher(space, parse_budget("0.5x", graph()), np.random.default_rng(0))
     asked = searcher.ask()
     searcher.tell(asked, [0.0])
     asked = searcher.ask()
     searcher.tell(asked, [1.0] * len(asked))
-    assert searcher.state_dict()["now"] == min(asked, key=graph().macs)
+    assert searcher.ask() == steps(space, min(asked, key=graph().macs))
 
 
 def test_greedy_never_moves_to_a_network_without_a_score():
@@ -187,7 +193,7 @@ def test_greedy_never_moves_to_a_network_without_a_score():
         searcher.tell(searcher.ask(), [0.0])
         asked = searcher.ask()
         searcher.tell(asked, [bad, bad, -5.0, bad])
-        assert searcher.state_dict()["now"] == asked[2]
+        assert searcher.ask() == steps(space, asked[2])
 
 
 def test_progress_of_greedy_rises_to_one():
@@ -212,10 +218,10 @@ def deep_graph():
 
 
 @pytest.mark.parametrize("text", ["0.1x", "0.5x", "0.95x", "0.5x,0.6x", "0.6x,40kparams"])
-def test_draws_of_a_large_space_are_distinct_and_in_the_band(text):
+def test_draws_of_a_large_space_are_distinct_and_near_the_budget(text):
     space = uniform_space(deep_graph(), 20)
     budget = parse_budget(text, deep_graph())
-    draws = draw_in_band(space, budget, np.random.default_rng(0), 300, 0.97)
+    draws = draw_near_budget(space, budget, np.random.default_rng(0), 300, 0.97)
     assert len({tuple(d.values()) for d in draws}) == len(draws) == 300
     usage = budget.usage(deep_graph(), draws)
     assert usage.min() > 0.97
@@ -227,35 +233,35 @@ def test_draws_of_a_large_space_are_distinct_and_in_the_band(text):
 def test_draws_differ_in_shape():
     """Not one profile with noise: every group is found narrow and wide."""
     space = uniform_space(deep_graph(), 20)
-    draws = draw_in_band(space, parse_budget("0.5x", deep_graph()), np.random.default_rng(0), 500, 0.97)
+    draws = draw_near_budget(space, parse_budget("0.5x", deep_graph()), np.random.default_rng(0), 500, 0.97)
     table = np.array([list(d.values()) for d in draws])
     assert (np.percentile(table, 10, axis=0) <= 14).all()
     assert (np.percentile(table, 90, axis=0) >= 29).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_draws_of_a_small_space_take_the_band_first_and_then_the_fullest(seed):
+def test_draws_of_a_small_space_take_those_near_the_budget_first_and_then_the_fullest(seed):
     space = uniform_space(graph(), 4)
     budget = parse_budget("0.5x", graph())
     usage = {tuple(p.values()): budget.usage(graph(), p) for p in every_point(space)}
     inside = [u for u in usage.values() if u <= 1]
-    in_band = [u for u in inside if u > 0.97]
-    assert 0 < len(in_band) < 20 < len(inside)
-    drawn = [usage[tuple(d.values())] for d in draw_in_band(space, budget, np.random.default_rng(seed), 20, 0.97)]
-    assert sorted(drawn[: len(in_band)]) == sorted(in_band)
-    assert drawn[len(in_band) :] == sorted(inside, reverse=True)[len(in_band) : 20]
+    near = [u for u in inside if u > 0.97]
+    assert 0 < len(near) < 20 < len(inside)
+    drawn = [usage[tuple(d.values())] for d in draw_near_budget(space, budget, np.random.default_rng(seed), 20, 0.97)]
+    assert sorted(drawn[: len(near)]) == sorted(near)
+    assert drawn[len(near) :] == sorted(inside, reverse=True)[len(near) : 20]
     # All there is, no more.
-    assert len(draw_in_band(space, budget, np.random.default_rng(seed), 10_000, 0.97)) == len(inside)
-    few = draw_in_band(space, budget, np.random.default_rng(seed), 1, 0.97)
+    assert len(draw_near_budget(space, budget, np.random.default_rng(seed), 10_000, 0.97)) == len(inside)
+    few = draw_near_budget(space, budget, np.random.default_rng(seed), 1, 0.97)
     assert usage[tuple(few[0].values())] > 0.97
 
 
-def test_draws_where_the_band_is_empty():
+def test_draws_where_nothing_is_near_the_budget():
     """Coarse groups can leave a gap below the budget; the fullest networks are drawn then."""
     space = uniform_space(deep_graph(), 20, divisor=8)
     assert space.size > 1e6
     budget = parse_budget("0.2x", deep_graph())
-    draws = draw_in_band(space, budget, np.random.default_rng(0), 50, 0.99999)
+    draws = draw_near_budget(space, budget, np.random.default_rng(0), 50, 0.99999)
     usage = budget.usage(deep_graph(), draws)
     assert len({tuple(d.values()) for d in draws}) == 50
     assert usage.min() > 0.9
@@ -265,19 +271,21 @@ def test_draws_where_the_band_is_empty():
 def test_draws_repeat_with_the_seed():
     space = uniform_space(deep_graph(), 20)
     budget = parse_budget("0.5x", deep_graph())
-    first, second, other = (draw_in_band(space, budget, np.random.default_rng(s), 40, 0.97) for s in (1, 1, 2))
+    first, second, other = (draw_near_budget(space, budget, np.random.default_rng(s), 40, 0.97) for s in (1, 1, 2))
     assert first == second != other
 
 
 def test_a_budget_above_everything_draws_the_widest():
     space = uniform_space(graph(), 4)
-    draws = draw_in_band(space, parse_budget("5x", graph()), np.random.default_rng(0), 3, 0.97)
+    draws = draw_near_budget(space, parse_budget("5x", graph()), np.random.default_rng(0), 3, 0.97)
     assert draws[0] == space.largest
 
 
-@pytest.mark.parametrize("options", [{"n": 0}, {"n": -1}, {"band": -0.1}, {"band": 1.0}, {"band": math.nan}])
+@pytest.mark.parametrize(
+    "options", [{"n": 0}, {"n": -1}, {"near_budget": -0.1}, {"near_budget": 1.0}, {"near_budget": math.nan}]
+)
 def test_options_of_random_that_make_no_sense(options):
-    with pytest.raises(OptionError, match=r"n=|band="):
+    with pytest.raises(OptionError, match=r"n=|near_budget="):
         RandomSearcher(uniform_space(graph(), 4), parse_budget("0.5x", graph()), np.random.default_rng(0), **options)
 
 

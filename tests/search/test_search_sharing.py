@@ -17,9 +17,10 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from benchmarks.greedy import bounds
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
-from widthkit.search.evaluator import Evaluator
-from widthkit.search.known import Known
-from widthkit.search.sharing import parse_memory, sharing_order
+from widthkit.search import Judging, search
+from widthkit.search.evaluator import BLOCK, Evaluator
+from widthkit.search.sharing import sharing_order
+from widthkit.search.sharing.stand_in import StandIn
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_graph
 from widthkit.trace import trace
@@ -116,9 +117,9 @@ def chain(extra=None, strategy="ua", kind=Chain, **options):
 
 def compare(net, vectors, **options):
     """Judge together and one by one; return both, and the evaluator that judged together."""
-    together = Evaluator(net, [batch()], F.cross_entropy, **options)
-    found = dict(together.many(vectors))
-    alone = Evaluator(net, [batch()], F.cross_entropy, **options)
+    together = Evaluator(net, [batch()], F.cross_entropy, Judging(**options))
+    found = dict(together.judge_many(vectors))
+    alone = Evaluator(net, [batch()], F.cross_entropy, Judging(**options))
     return [found[i] for i in range(len(vectors))], [alone(v) for v in vectors], together
 
 
@@ -132,7 +133,7 @@ def test_shared_losses_are_bit_identical(name):
     shared, plain, judge = compare(net, vectors)
     assert shared == plain
     assert judge.unshared == ""
-    assert judge.kept_bytes > 0
+    assert judge.peak_bytes > 0
 
 
 @pytest.mark.parametrize("strategy", ["bc", "bcv2", "locally-free"])
@@ -160,7 +161,7 @@ def test_shared_losses_are_bit_identical_with_control_flow():
     net = chain(kind=Branching)
     vectors = steps(net)
     MEANS.clear()
-    dict(Evaluator(net, [batch()], F.cross_entropy, share=False).many(vectors))
+    dict(Evaluator(net, [batch()], F.cross_entropy, share=False).judge_many(vectors))
     net.model.most = float(np.median(MEANS))
     shared, plain, judge = compare(net, vectors)
     assert shared == plain
@@ -219,35 +220,65 @@ def test_the_memory_stays_below_its_cap_and_nothing_changes(memory):
     assert len(judge.batches) == 3
     assert shared == plain
     assert judge.unshared == ""
-    assert judge.kept_bytes <= memory
-    assert (judge.kept_bytes > 0) == (memory > 0)
+    assert judge.peak_bytes <= memory
+    assert (judge.peak_bytes > 0) == (memory > 0)
 
 
-def test_batches_that_find_no_room_are_put_off_not_given_up():
-    """With room for one batch's values every shared operator still runs once per batch."""
+def test_where_memory_is_short_some_are_judged_together_batch_by_batch():
+    """With room for two of three batches' values, every shared operator runs once per batch and block."""
     net = chain(lambda self, x, i: torch.ops.widthkit_test.counted(x, i))
-    vectors = steps(net)
-    judge = Evaluator(net, [batch()], F.cross_entropy, batch_size=2, memory="2GB")
+    full = net.space.largest
+    vectors = [full, *(full | {g.name: option} for g in net.space.groups for option in g.options[:-1])]
+    runs, ends = [], []
+    net.model.register_forward_hook(lambda *_: runs.append(0))
+    keys = sorted(tuple(v.values()) for v in vectors)
+    ample = Evaluator(net, [batch()], F.cross_entropy, Judging(batch_size=2))
     MADE.clear()
-    list(judge.many(vectors))
-    ample = len(MADE)
-    one = judge.kept_bytes // 3
-    judge = Evaluator(net, [batch()], F.cross_entropy, batch_size=2, memory=2 * one)
-    MADE.clear()
-    list(judge.many(vectors))
-    assert judge.kept_bytes <= 2 * one
-    # Only what was under way when the room ran out is repeated.
-    assert ample <= len(MADE) <= ample + 2 * 5
+    expected = dict(ample.judge_many(vectors))
+    assert len(MADE) == 3 * len(beginnings(keys))
+    memory = 2 * ample.peak_bytes // 3
+    judge = Evaluator(net, [batch()], F.cross_entropy, Judging(batch_size=2, memory=memory))
+    MADE.clear(), runs.clear()
+    found = {}
+    for place, judgement in judge.judge_many(vectors):
+        found[place] = judgement
+        ends.append(len(runs) // 3)
+    assert found == expected
+    assert judge.unshared == ""
+    assert 0 < judge.peak_bytes <= memory
+    # One by one while the memory lasts; then eight together.
+    alone = ends.index(ends[-1]) - BLOCK
+    assert ends == [*range(1, alone + 1), *[alone + BLOCK] * BLOCK, *[len(keys)] * (len(keys) - alone - BLOCK)]
+    blocks = [keys[:alone], keys[alone : alone + BLOCK], keys[alone + BLOCK :]]
+    assert len(MADE) == 3 * sum(len(beginnings(block)) for block in blocks)
+
+
+def beginnings(keys):
+    """The values of a layer depend on the widths up to it: of each such beginning there is one run."""
+    return {key[: i + 1] for key in keys for i in range(len(key))}
+
+
+@pytest.mark.parametrize("strategy", ["ua", "bc"])
+def test_judgements_come_one_by_one_in_the_order_of_sharing(strategy):
+    """So a search that is killed loses what is in flight only."""
+    net = chain(strategy=strategy)
+    vectors = steps(net)[::-1]
+    judge, runs = Evaluator(net, [batch()], F.cross_entropy), []
+    net.model.register_forward_hook(lambda *_: runs.append(0))
+    came = []
+    for place, _ in judge.judge_many(vectors):
+        came.append(place)
+        assert len(runs) == len(came) * len(net.paths(vectors[0]))
+    assert came == sharing_order(net, vectors)
 
 
 def test_nothing_stays_behind():
     net = chain()
     judge = Evaluator(net, [batch()], F.cross_entropy)
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    list(judge.many(steps(net)))
+    list(judge.judge_many(steps(net)))
     gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is Known]
-    assert judge._parts == {}
+    assert not [o for o in gc.get_objects() if type(o) is StandIn]
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert all(type(p) is nn.Parameter for p in net.model.parameters())
 
@@ -255,14 +286,14 @@ def test_nothing_stays_behind():
 @pytest.mark.parametrize("text", ["", "lots", "-1GB", "2XB", "2Mb", "@", -1])
 def test_amounts_of_memory_that_make_no_sense(text):
     with pytest.raises(OptionError, match="memory"):
-        parse_memory(text)
+        Judging(memory=text)
 
 
 def test_amounts_of_memory_are_read_as_budgets_are():
     graph = small_graph()
     for text in ("2GB", "1.5 MiB", "300kB", "2.3e6B"):
-        assert parse_memory(text) == parse_budget(text, graph).limits[0].value
-    assert parse_memory("5M") == parse_memory(5 * 10**6) == 5 * 10**6
+        assert Judging(memory=text).memory_bytes == parse_budget(text, graph).limits[0].value
+    assert Judging(memory="5M").memory_bytes == Judging(memory=5 * 10**6).memory_bytes == 5 * 10**6
 
 
 # --- where sharing is unsafe ------------------------------------------------------------------------------------------
@@ -302,36 +333,71 @@ def to_numpy(self, x, i):
     return x + float(x.numpy().max())
 
 
+DRAWS = {f.__name__: f for f in (dropping, late_noise, python_noise, numpy_noise)}
 UNSAFE = {
-    f.__name__: f for f in (dropping, late_noise, python_noise, numpy_noise, half_written, own_statistics, to_numpy)
+    half_written: "writes to a tensor that others are views of",
+    own_statistics: "running statistics of a batch norm are used by something else",
+    to_numpy: "numpy",
 }
 
 
-@pytest.mark.parametrize("name", UNSAFE)
-def test_what_cannot_be_shared_is_run_plainly(name):
-    """In the plain loop's order, on the plain loop's random numbers; and the reason is told."""
-    net = chain(UNSAFE[name])
+@pytest.mark.parametrize("name", DRAWS)
+def test_networks_that_draw_random_numbers_draw_the_same_shared_or_not(name):
+    """Every run is seeded, whatever the state of the global generators; these stay as they are."""
+    net = chain(DRAWS[name])
     vectors = steps(net)[::-1]
+    found = []
+    for seed, share in ((7, True), (8, False), (9, True)):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        judge = Evaluator(net, [batch()], F.cross_entropy, share=share)
+        found.append(dict(judge.judge_many(vectors)))
+        assert judge.unshared == ""
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert (random.getstate(), str(np.random.get_state())) == states[1:]
+    assert found[0] == found[1] == found[2]
+    assert [found[0][i] for i in range(len(vectors))] == [judge(v) for v in vectors]
 
-    def judged(judge):
-        torch.manual_seed(7)
-        random.seed(7)
-        np.random.seed(7)
-        return judge
 
-    together = judged(Evaluator(net, [batch()], F.cross_entropy))
-    shared = dict(together.many(vectors))
-    alone = judged(Evaluator(net, [batch()], F.cross_entropy, share=False))
-    plain = dict(alone.many(vectors))
+def test_what_draws_nothing_is_shared_before_the_first_draw():
+    def extra(self, x, i):
+        x = torch.ops.widthkit_test.counted(x, i)
+        return late_noise(self, x, i)
+
+    net = chain(extra)
+    MADE.clear()
+    dict(Evaluator(net, [batch()], F.cross_entropy).judge_many(steps(net)))
+    assert [MADE.count(place) for place in range(5)] == [2, 3, 4, 5, 5]
+
+
+@pytest.mark.parametrize("extra", UNSAFE, ids=lambda f: f.__name__)
+def test_what_cannot_be_shared_is_run_plainly(extra):
+    """And the reason is told."""
+    net = chain(extra)
+    shared, plain, judge = compare(net, steps(net)[::-1])
     assert shared == plain
-    assert together.unshared
+    assert UNSAFE[extra] in judge.unshared
+    assert "\n" not in judge.unshared
+
+
+@pytest.mark.parametrize("searcher", ["greedy", "guided"])
+def test_a_result_says_why_candidates_could_not_share(searcher):
+    net = chain(own_statistics)
+    result = search(net, [batch()], "0.5x", searcher, loss=F.cross_entropy, progress=False)
+    assert result.notes == [
+        "candidates were judged one by one, because they cannot share what they have in common: "
+        "running statistics of a batch norm are used by something else"
+    ]
+    assert search(chain(), [batch()], "0.5x", searcher, loss=F.cross_entropy, progress=False).notes == []
 
 
 def test_a_model_that_changes_itself_is_run_plainly():
     one, other = chain(own_tensor), chain(own_tensor)
     together = Evaluator(one, [batch()], F.cross_entropy)
-    shared = dict(together.many(steps(one)[::-1]))
-    plain = dict(Evaluator(other, [batch()], F.cross_entropy, share=False).many(steps(other)[::-1]))
+    shared = dict(together.judge_many(steps(one)[::-1]))
+    plain = dict(Evaluator(other, [batch()], F.cross_entropy, share=False).judge_many(steps(other)[::-1]))
     assert shared == plain
     assert together.unshared
 
@@ -345,7 +411,7 @@ def test_a_batch_that_is_written_to_is_run_plainly():
         torch.manual_seed(1)
         net = make_supernet(Writes(), "ua", graph=trace(Chain(), (1, 3, SIZE, SIZE)), k=4)
         judge = Evaluator(net, [tuple(t.clone() for t in batch())], F.cross_entropy, share=share)
-        return dict(judge.many(steps(net)[::-1])), judge.unshared
+        return dict(judge.judge_many(steps(net)[::-1])), judge.unshared
 
     assert judged(True)[0] == judged(False)[0]
     assert judged(True)[1]
@@ -381,8 +447,8 @@ def test_writing_in_place_is_shared_where_it_is_safe(extra, memory):
 
 def test_tensors_that_a_model_puts_aside_keep_their_values():
     one, other = chain(put_aside), chain(put_aside)
-    shared = dict(Evaluator(one, [batch()], F.cross_entropy).many(steps(one)))
-    plain = dict(Evaluator(other, [batch()], F.cross_entropy, share=False).many(steps(other)))
+    shared = dict(Evaluator(one, [batch()], F.cross_entropy).judge_many(steps(one)))
+    plain = dict(Evaluator(other, [batch()], F.cross_entropy, share=False).judge_many(steps(other)))
     assert shared == plain
 
 
@@ -399,4 +465,4 @@ def test_a_model_that_fails_fails_as_it_does_alone():
 
     net = chain(broken)
     with pytest.raises(RuntimeError, match="broken on purpose"):
-        list(Evaluator(net, [batch()], F.cross_entropy).many(steps(net)))
+        list(Evaluator(net, [batch()], F.cross_entropy).judge_many(steps(net)))

@@ -1,13 +1,12 @@
-"""Results fill their budget: every searcher ends in (0.97, 1.0] of it, or says that the space has no such point."""
+"""Results are topped up to their budget: all use more than 97% of it, or say that the space has no such point."""
 
 import itertools
-import json
-import math
 from functools import cache
 
 import numpy as np
 import pytest
 import torch.nn.functional as F
+from runs import let_diverge, stop_after
 from torch import nn
 from widthkit_plugins.searchers.greedy import GreedySearcher
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
@@ -15,13 +14,12 @@ from widthkit_plugins.strategies.bc import BilaterallyCoupled
 from widthkit.budget import Budget, Limit, parse_budget
 from widthkit.graph.space import uniform_space
 from widthkit.search import search
-from widthkit.search.evaluator import Evaluator, Judgement
-from widthkit.search.journal import Journal
-from widthkit.search.loop import run_loop
-from widthkit.search.near_budget import BAND, fullest
-from widthkit.search.top_up import Filler, filler, remark
+from widthkit.search.judging import Judgement
+from widthkit.search.loop import Loop
+from widthkit.search.near_budget import NEAR, fullest
+from widthkit.search.top_up import TopUp, remark, top_up
 from widthkit.supernet import make_supernet
-from widthkit.testing import small_batch, small_graph, small_net
+from widthkit.testing import SearcherConformance, build_space, small_batch, small_graph, small_net
 from widthkit.trace import trace
 
 LOADER = [small_batch(seed) for seed in range(2)]
@@ -43,7 +41,7 @@ def log_score(widths):
 
 
 def play(engine, judge=log_score):
-    return run_loop(engine, engine.space.graph, judge, Journal(None, ""), {})
+    return Loop(engine.space.graph, lambda vectors: ((i, judge(w)) for i, w in enumerate(vectors))).run(engine)
 
 
 # --- the number problem -----------------------------------------------------------------------------------------------
@@ -52,26 +50,26 @@ def play(engine, judge=log_score):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("text", ["0.35x", "0.5x", "0.9x", "0.5x,0.6x", "0.6x,190params"])
 def test_the_fullest_point_is_that_of_brute_force(seed, text):
-    """With a band that nothing reaches, the search must find the point of most usage, and prove it."""
+    """With a share that nothing reaches, the search must find the point of most usage, and prove it."""
     rng = np.random.default_rng(seed)
     space = uniform_space(chain(*rng.integers(3, 12, size=4).tolist()), int(rng.integers(2, 6)))
     budget = parse_budget(text, space.graph)
     if not budget.fits(space.graph, space.smallest):
         pytest.skip("even the narrowest network is outside")
     usage = budget.usage(space.graph, points(space))
-    found = fullest(space, budget, band=1.0)
+    found = fullest(space, budget, near=1.0)
     assert found.proven
     assert found.usage == usage[usage <= 1].max()
     assert budget.usage(space.graph, found.widths) == found.usage
-    in_band = fullest(space, budget)
-    assert (in_band.usage > BAND) == bool(((usage <= 1) & (usage > BAND)).any())
+    near = fullest(space, budget)
+    assert (near.usage > NEAR) == bool(((usage <= 1) & (usage > NEAR)).any())
 
 
 def test_a_search_for_the_fullest_point_that_is_cut_off_claims_nothing():
     space = uniform_space(chain(*[30] * 8), 15)
     budget = parse_budget("0.5x", space.graph)
-    assert not fullest(space, budget, band=1.0, boxes=50).proven
-    assert fullest(space, budget).usage > BAND
+    assert not fullest(space, budget, near=1.0, boxes=50).proven
+    assert fullest(space, budget).usage > NEAR
 
 
 def test_nothing_is_proven_about_costs_that_are_no_polynomials():
@@ -91,13 +89,13 @@ def test_nothing_is_proven_about_costs_that_are_no_polynomials():
     assert (odd.widths, odd.proven) == ({"0": 8}, False)
 
 
-# --- filling ----------------------------------------------------------------------------------------------------------
+# --- topping up -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 6])
 @pytest.mark.parametrize("text", ["0.3x", "0.5x", "0.75x", "0.5x,400params"])
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_ends_in_the_band_wherever_the_space_reaches_it(k, text, seed):
+def test_greedy_ends_near_the_budget_wherever_the_space_does(k, text, seed):
     widths = np.random.default_rng(seed).integers(8, 24, size=5).tolist()
     space = uniform_space(chain(*widths), k)
     budget = parse_budget(text, space.graph)
@@ -105,13 +103,13 @@ def test_greedy_ends_in_the_band_wherever_the_space_reaches_it(k, text, seed):
     if usage.min() > 1:
         pytest.skip("even the narrowest network is outside")
     trials = play(GreedySearcher(space, budget, np.random.default_rng(0)))
-    engine = filler(space, budget, trials, 0)
+    engine = top_up(space, budget, trials, 0)
     if engine is None:
         return
     more = play(engine)
     assert all(budget.fits(space.graph, t.widths) for t in more)
-    reached = any(budget.usage(space.graph, t.widths) > BAND for t in more)
-    assert reached == bool(((usage <= 1) & (usage > BAND)).any())
+    reached = any(budget.usage(space.graph, t.widths) > NEAR for t in more)
+    assert reached == bool(((usage <= 1) & (usage > NEAR)).any())
     if not reached:
         inside = [budget.usage(space.graph, t.widths) for t in trials + more if budget.fits(space.graph, t.widths)]
         assert max(inside) == usage[usage <= 1].max()
@@ -120,13 +118,13 @@ def test_greedy_ends_in_the_band_wherever_the_space_reaches_it(k, text, seed):
 
 
 @pytest.mark.parametrize("start", [0.3, 0.6, 0.9])
-def test_filling_takes_the_widenings_that_score_best(start):
+def test_topping_up_takes_the_widenings_that_score_best(start):
     """One group alone decides the score; it must be the one that grows."""
     space = uniform_space(chain(24, 24, 24), 12)
     budget = parse_budget("0.5x", space.graph)
     at = {name: max(2, int(start * 12) // 2 * 2) for name in space.names}
-    assert budget.usage(space.graph, at) < BAND
-    engine = Filler(space, budget, np.random.default_rng(0), at)
+    assert budget.usage(space.graph, at) < NEAR
+    engine = TopUp(space, budget, np.random.default_rng(0), at)
     trials = play(engine, lambda w: Judgement(float(w["1"]), -float(w["1"]), None))
     best = max(trials, key=lambda t: t.score)
     assert best.widths["1"] > at["1"]
@@ -134,22 +132,27 @@ def test_filling_takes_the_widenings_that_score_best(start):
     assert best.widths["2"] == at["2"]
 
 
-def test_filling_works_from_widths_that_are_no_choices():
+def test_topping_up_works_from_widths_that_are_no_choices():
     space = uniform_space(chain(24, 24, 24), 4)
     budget = parse_budget("0.5x", space.graph)
-    trials = play(Filler(space, budget, np.random.default_rng(0), {"0": 13, "1": 13, "2": 13}))
-    assert any(BAND < budget.usage(space.graph, t.widths) <= 1 for t in trials)
+    trials = play(TopUp(space, budget, np.random.default_rng(0), {"0": 13, "1": 13, "2": 13}))
+    assert any(NEAR < budget.usage(space.graph, t.widths) <= 1 for t in trials)
 
 
-def test_a_filling_search_goes_on_from_its_state():
-    space = uniform_space(chain(24, 24, 24), 12)
-    budget = parse_budget("0.5x", space.graph)
-    whole, cut, again = (Filler(space, budget, np.random.default_rng(0), space.smallest) for _ in range(3))
-    expected = [t.widths for t in play(whole)]
-    asked = cut.ask()
-    cut.tell(asked, [log_score(w).score for w in asked])
-    again.load_state_dict(json.loads(json.dumps(cut.state_dict())))
-    assert asked + [t.widths for t in play(again)] == expected
+class TestTopUp(SearcherConformance):
+    """From the narrowest network on, where that leaves something to top up."""
+
+    @pytest.fixture
+    def make_searcher(self):
+        return lambda space, budget, rng: TopUp(space, budget, rng, space.smallest)
+
+    def test_it_ends_and_stays_ended(self, make_searcher):
+        super().test_it_ends_and_stays_ended(make_searcher, "0.5x")
+
+    def test_a_space_of_one_point_is_searched(self, make_searcher):
+        """There is nothing to top up."""
+        space = build_space("single choice", small_graph())
+        assert make_searcher(space, parse_budget("2x", space.graph), np.random.default_rng(0)).done
 
 
 # --- in a search ------------------------------------------------------------------------------------------------------
@@ -160,7 +163,8 @@ def build(**options):
 
 
 def quiet(net, budget, searcher, **options):
-    return search(net, LOADER, budget, searcher, loss=F.cross_entropy, progress=False, **options)
+    options.setdefault("progress", False)
+    return search(net, LOADER, budget, searcher, loss=F.cross_entropy, **options)
 
 
 SPACES = {"coarse": {"k": 3}, "fine": {"k": 8}, "bins": {"bins": 1.0}, "divisor": {"k": 8, "divisor": 4}}
@@ -168,19 +172,18 @@ SPACES = {"coarse": {"k": 3}, "fine": {"k": 8}, "bins": {"bins": 1.0}, "divisor"
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("budget", ["0.4x", "0.7x", "0.6x,350params"])
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize("searcher", ["greedy", "random", "uniform", "evolution"])
-def test_every_result_lies_in_the_band_or_says_why_not(space, budget, searcher, guided):
+@pytest.mark.parametrize("searcher", [None, "greedy", "random", "uniform", "importance", "evolution"])
+def test_every_result_is_near_its_budget_or_says_why_not(space, budget, searcher):
     net = build(**space)
     limit = parse_budget(budget, net.graph)
     usage = limit.usage(net.graph, points(net.space))
     options = {"evolution": {"population": 4, "generations": 2}, "random": {"n": 5}}.get(searcher, {})
-    result = quiet(net, budget, searcher, score_model="auto" if guided else None, **options)
+    result = quiet(net, budget, searcher, **options)
     used = limit.usage(net.graph, result.widths)
     assert used <= 1
-    if ((usage <= 1) & (usage > BAND)).any():
-        assert used > BAND
-    if used > BAND:
+    if ((usage <= 1) & (usage > NEAR)).any():
+        assert used > NEAR
+    if used > NEAR:
         assert "remark" not in result.settings
     else:
         most = usage[usage <= 1].max()
@@ -191,42 +194,30 @@ def test_every_result_lies_in_the_band_or_says_why_not(space, budget, searcher, 
 
 
 def test_a_budget_above_the_whole_space_is_told():
-    result = quiet(build(k=4), "2x", "greedy", score_model=None)
+    result = quiet(build(k=4), "2x", "greedy")
     assert result.widths == small_graph().full
     assert result.settings["remark"] == (
         "it uses 50.0% of the budget; the widest network of this space uses no more than 50.0%"
     )
 
 
-def test_a_band_whose_networks_diverge_is_told(monkeypatch):
+@pytest.mark.parametrize("searcher", ["greedy", "guided"])
+def test_a_budget_near_which_networks_diverge_is_told(searcher):
     net = build(k=3)
     limit = parse_budget("0.7x", net.graph)
-    original = Evaluator.__call__
-
-    def judge(self, widths):
-        bad = BAND < limit.usage(net.graph, widths) <= 1
-        return Judgement(math.nan, math.nan, None) if bad else original(self, widths)
-
-    monkeypatch.setattr(Evaluator, "__call__", judge)
-    result = quiet(net, "0.7x", "greedy", score_model=None)
-    assert limit.usage(net.graph, result.widths) <= BAND
+    let_diverge(net, lambda widths: NEAR < limit.usage(net.graph, widths) <= 1)
+    result = quiet(net, "0.7x", searcher)
+    assert limit.usage(net.graph, result.widths) <= NEAR
     assert result.settings["remark"]
 
 
-def test_an_interrupted_filling_goes_on_to_the_same_result(tmp_path):
+def test_an_interrupted_top_up_goes_on_to_the_same_result(tmp_path):
     net = build(k=4)
-    seen = []
-
-    def stop(trial, progress):
-        seen.append(trial)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = quiet(net, "0.5x", "uniform", out=whole)
-    assert len(expected.trials) > 3  # one by the searcher, the others by filling
+    assert len(expected.trials) > 3  # one by the searcher, the others by topping up
     with pytest.raises(KeyboardInterrupt):
-        quiet(net, "0.5x", "uniform", out=cut, on_trial=stop)
+        quiet(net, "0.5x", "uniform", out=cut, progress=stop_after(3))
     assert quiet(net, "0.5x", "uniform", out=cut, resume=True) == expected
     for name in ("search.json", "search-journal.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -235,7 +226,7 @@ def test_an_interrupted_filling_goes_on_to_the_same_result(tmp_path):
 def test_remarks_are_honest_about_what_was_not_proven():
     space = uniform_space(chain(*[30] * 8), 15)
     budget = parse_budget("0.5x", space.graph)
-    cut_off = fullest(space, budget, band=1.0, boxes=50)
+    cut_off = fullest(space, budget, near=1.0, boxes=50)
     at = space.smallest
     assert "was found" in remark(space, budget, at, type(cut_off)(cut_off.widths, 0.9, False))
     assert "no network of this space lies" in remark(space, budget, at, type(cut_off)(cut_off.widths, 0.9, True))

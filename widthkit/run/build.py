@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Subset
@@ -18,10 +17,8 @@ from widthkit.modules.models import create_model, input_channels
 from widthkit.run.config import RunConfig
 from widthkit.run.folder import RunFolder
 from widthkit.run.stage_plan import StagePlan
-from widthkit.search import SEARCHERS
-from widthkit.search.build import make_searcher
+from widthkit.search import SEARCHERS, Judging, check_searcher
 from widthkit.search.measured import network_of
-from widthkit.search.sharing import parse_memory
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import make_strategy
 from widthkit.trace import trace
@@ -150,9 +147,8 @@ def _check_search(built: Built) -> None:
     """Refuse a search that could not start."""
     c = built.config
     built.stage_plan.check(built.net.space)
-    # TODO(search): widthkit.search.check_searcher and Judging take the place of these two calls.
-    parse_memory(c.search_memory)
-    make_searcher(c.searcher, built.net, built.budget, np.random.default_rng(c.seed), c.searcher_options)
+    Judging(memory=c.search_memory)
+    check_searcher(c.searcher, built.net, built.budget, c.searcher_options, can_train=True)
 
 
 def _check_training(config: RunConfig, search: bool, final: bool) -> None:

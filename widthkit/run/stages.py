@@ -19,7 +19,7 @@ from widthkit.graph.resize import narrow
 from widthkit.graph.space import WidthLimit
 from widthkit.run.stage_plan import StagePlan, first_beta
 from widthkit.search import SEARCHERS, search
-from widthkit.search.near_budget import BAND
+from widthkit.search.near_budget import NEAR
 from widthkit.search.result import SearchResult
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import STRATEGIES, Strategy
@@ -98,7 +98,7 @@ def _with_room(result: SearchResult, budget: Budget, following: Budget, graph: C
     That happens where the stage's own space has no network in the budget's band. The best judged network that exceeds
     the next budget takes its place, or the largest one.
     """
-    if following.usage(graph, result.widths) > BAND:
+    if following.usage(graph, result.widths) > NEAR:
         return {}
     inside = [t for t in result.trials if math.isfinite(t.score) and budget.fits(graph, t.widths)]
     larger = [t for t in inside if following.usage(graph, t.widths) > 1]

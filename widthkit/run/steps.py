@@ -21,7 +21,7 @@ from widthkit.export import check_same, export, save
 from widthkit.graph.plan import kept_units
 from widthkit.run.build import Built, fresh_model
 from widthkit.run.stages import next_supernet, run_stages
-from widthkit.search import SearchResult
+from widthkit.search import Judging, SearchResult
 from widthkit.search import search as search_widths
 from widthkit.search.measured import describe_rows
 from widthkit.supernet import Supernet
@@ -194,7 +194,8 @@ def _search_stage(built: Built, net: Supernet, budget: Budget, folder: Path) -> 
     # The parts of the data interleave their classes, so the first images are a fair sample.
     count = min(c.search_images, len(built.data.valid))  # type: ignore[arg-type]
     images = Subset(built.data.valid, range(count))
-    # TODO(search): the new search takes judging=Judging(memory=...) and train_fn; the supernet is where it is judged.
+    if c.device is not None:
+        net.to(c.device)
     result = search_widths(
         net,
         make_loader(images, JUDGED_TOGETHER, train=False),
@@ -204,9 +205,8 @@ def _search_stage(built: Built, net: Supernet, budget: Budget, folder: Path) -> 
         out=folder,
         resume=True,
         progress=built.progress,
-        device=c.device,
-        score_model=None,
-        memory=c.search_memory,
+        judging=Judging(memory=c.search_memory),
+        train_fn=lambda widths: train_alone(built, widths),
         **c.searcher_options,
     )
     used = budget.usage(net.graph, result.widths)

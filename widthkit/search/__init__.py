@@ -1,7 +1,19 @@
-"""Search: the ask/tell contract, the evaluator, results."""
+"""Search: the ask/tell contract, judging, results."""
 
+from widthkit.search.judging import Judging
+from widthkit.search.resources import check_searcher
 from widthkit.search.result import SearchResult, Trial
 from widthkit.search.run import search
-from widthkit.search.searcher import SEARCHERS, Searcher
+from widthkit.search.searcher import SEARCHERS, OneShotSearcher, Searcher, StandAlone
 
-__all__ = ["SEARCHERS", "SearchResult", "Searcher", "Trial", "search"]
+__all__ = [
+    "SEARCHERS",
+    "Judging",
+    "OneShotSearcher",
+    "SearchResult",
+    "Searcher",
+    "StandAlone",
+    "Trial",
+    "check_searcher",
+    "search",
+]

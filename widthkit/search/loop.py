@@ -5,101 +5,85 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 from widthkit.graph import ChannelGraph
-from widthkit.search.evaluator import Judgement, Piece
 from widthkit.search.journal import Journal
+from widthkit.search.judging import Judgement
 from widthkit.search.result import Trial
-from widthkit.search.rounds import judge_round
-from widthkit.search.searcher import Searcher, Span
+from widthkit.search.searcher import Searcher, StandAlone, WidthVector
+
+Judge = Callable[[Sequence[WidthVector]], Iterator[tuple[int, Judgement]]]
+"""Yields the place of each width vector in the list, and its judgement, as soon as it is known."""
+Watch = Callable[[Trial, float], None]
+"""Called with a trial and the share of the search that is done."""
 
 
-def run_loop(
-    engine: Searcher,
-    graph: ChannelGraph,
-    judge: Any,
-    journal: Journal,
-    known: dict[str, Judgement],
-    watchers: Sequence[Callable[[Trial, float], None]] = (),
-) -> list[Trial]:
-    """Ask, judge what is not known yet, tell. Searchers are deterministic, so a replay leads to the same state.
+@dataclass
+class Loop:
+    """Runs searchers.
 
     Args:
-        engine: The searcher.
         graph: Prices the width vectors.
-        judge: Gives a width vector's judgement; see :func:`~widthkit.search.rounds.judge_round`.
+        judge: Judges width vectors inside the supernet.
+        train: Trains networks on their own, where somebody can.
         journal: Gets every new judgement before anyone else hears of it.
-        known: Judgements by width vector as JSON; new ones are put in.
-        watchers: Called with every trial and the progress.
-
-    Returns:
-        Every trial on all of the data, in order.
+        judged: Judgements of an earlier run, by name in the journal; new ones are added.
+        watchers: Called with every trial.
     """
-    trials: list[Trial] = []
-    total, count = engine.proposals, 0
 
-    def show(watchers: Sequence[Callable[[Trial, float], None]], trial: Trial) -> None:
-        nonlocal count
-        count += 1
-        progress = min(1.0, count / total) if total else engine.progress
-        for watch in watchers:
-            watch(trial, progress)
+    graph: ChannelGraph
+    judge: Judge
+    train: Judge | None = None
+    journal: Journal = field(default_factory=lambda: Journal(None, ""))
+    judged: dict[str, Judgement] = field(default_factory=dict)
+    watchers: Sequence[Watch] = ()
 
-    while not engine.done:
-        asked = engine.ask()
-        if not asked:
-            break
-        span = engine.span
-        vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
-        keys = [key_of(widths, span) for widths in vectors]
-        shown = watchers if span is None else ()
-        for key, widths in zip(keys, vectors, strict=True):
-            if key in known:
-                show(shown, trial_of(graph, widths, known[key]))
-        part = judge if span is None else judge.at(span)
-        for widths, found in judge_new(part, dict(zip(keys, vectors, strict=True)), journal, known):
-            show(shown, trial_of(graph, widths, found))
-        if span is None:
-            trials += [trial_of(graph, widths, known[key]) for key, widths in zip(keys, vectors, strict=True)]
-        scores = [known[key].score for key in keys]
-        engine.tell(asked, [score if math.isfinite(score) else -math.inf for score in scores])
-    return trials
+    def run(self, searcher: Searcher) -> list[Trial]:
+        """Ask, judge what is not known yet, tell, until the searcher is done.
 
+        Returns:
+            Every trial inside the supernet, in order.
+        """
+        trials: list[Trial] = []
+        shown = 0
+        while not searcher.done:
+            asked = searcher.ask()
+            if not asked:
+                break
+            inside = not isinstance(asked, StandAlone)
+            vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
+            for trial in self._judged(vectors, inside):
+                shown += inside
+                progress = min(1.0, shown / searcher.proposals) if searcher.proposals else searcher.progress
+                for watch in self.watchers if inside else ():
+                    watch(trial, progress)
+            found = [self.judged[journal_key(widths, inside)] for widths in vectors]
+            if inside:
+                trials += [self.trial(widths, j) for widths, j in zip(vectors, found, strict=True)]
+            searcher.tell(asked, [j.score if math.isfinite(j.score) else -math.inf for j in found])
+        return trials
 
-def judge_new(
-    judge: Any, vectors: Mapping[str, dict[str, int]], journal: Journal, known: dict[str, Judgement]
-) -> Iterator[tuple[dict[str, int], Judgement]]:
-    """Judge the width vectors that are not known yet.
+    def trial(self, widths: WidthVector, judgement: Judgement) -> Trial:
+        """Join widths, judgement and costs."""
+        macs, params = self.graph.macs(widths), self.graph.params(widths)
+        return Trial(widths, judgement.score, judgement.loss, judgement.accuracy, macs, params)
 
-    Args:
-        judge: As in :func:`run_loop`.
-        vectors: Name in the journal (:func:`key_of`) -> width vector.
-        journal: Gets every judgement before it is yielded.
-        known: Gets them too.
-
-    Yields:
-        A new width vector and its judgement, as soon as it is known.
-    """
-    fresh = [key for key in vectors if key not in known]
-    for found in judge_round(judge, [vectors[key] for key in fresh]):
-        if isinstance(found, Piece):
-            journal.add_piece(found)
-            continue
-        place, judgement = found
-        known[fresh[place]] = judgement
-        journal.add(fresh[place], judgement)
-        yield vectors[fresh[place]], judgement
-    if fresh:
-        # A round that a resumed search only repeats leaves the pieces to the one that was interrupted.
-        journal.end_round()
+    def _judged(self, vectors: Sequence[WidthVector], inside: bool) -> Iterator[Trial]:
+        """Yield what is known first, then what is judged now, as soon as it is known."""
+        keys = [journal_key(widths, inside) for widths in vectors]
+        yield from (self.trial(w, self.judged[key]) for key, w in zip(keys, vectors, strict=True) if key in self.judged)
+        new = {key: w for key, w in zip(keys, vectors, strict=True) if key not in self.judged}
+        judge = self.judge if inside else self.train
+        assert judge is not None, "searchers that ask for trainings are refused before the search where nobody trains"
+        for place, judgement in judge(list(new.values())) if new else ():
+            key = list(new)[place]
+            self.judged[key] = judgement
+            self.journal.add(key, judgement)
+            yield self.trial(new[key], judgement)
 
 
-def key_of(widths: Mapping[str, int], span: Span | None = None) -> str:
-    """Name a judgement in the journal."""
-    return json.dumps(widths if span is None else {"span": list(span), "widths": widths}, sort_keys=True)
-
-
-def trial_of(graph: ChannelGraph, widths: dict[str, int], found: Judgement) -> Trial:
-    """Join widths, judgement and costs."""
-    return Trial(widths, found.score, found.loss, found.accuracy, graph.macs(widths), graph.params(widths))
+def journal_key(widths: Mapping[str, int], inside: bool = True) -> str:
+    """Name a judgement in the journal: inside the supernet, or of a network that was trained on its own."""
+    name = json.dumps(dict(widths), sort_keys=True)
+    return name if inside else f"stand-alone {name}"

@@ -8,17 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from widthkit.budget import Budget, show_count
-from widthkit.errors import BudgetError, ModelError
+from widthkit.errors import BudgetError, ModelError, PluginError
 from widthkit.graph import IntArray
-from widthkit.search.loop import trial_of
 from widthkit.search.measured import describe_rows, measure_result, remarks
-from widthkit.search.near_budget import BAND
+from widthkit.search.near_budget import NEAR
 from widthkit.search.result import SearchResult, Trial
+from widthkit.search.searcher import WidthVector
 from widthkit.search.top_up import best_inside
 from widthkit.supernet import Supernet
-
-KEPT = ("options", "history", "score_model", "score_model_options", "evaluations", "calibrate")
-"""Settings that results show."""
 
 
 def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) -> None:
@@ -36,57 +33,61 @@ def check_chosen(net: Supernet, budget: Budget, chosen: Mapping[str, IntArray]) 
         )
 
 
-def chosen_result(
-    net: Supernet, budget: Budget, judge: Any, chosen: Mapping[str, IntArray], settings: dict[str, Any]
+def make_result(
+    net: Supernet, budget: Budget, trials: list[Trial], settings: Mapping[str, Any], choice: WidthVector | None = None
 ) -> SearchResult:
-    """Report what training chose, judged once; there is nothing to search."""
-    widths = {name: len(units) for name, units in chosen.items()}
-    trial = trial_of(net.graph, widths, judge(widths))
-    result = best_result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
-    result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
-    return result
+    """Return the result of a search, not measured yet.
 
-
-def best_result(net: Supernet, budget: Budget, trials: list[Trial], settings: dict[str, Any]) -> SearchResult:
-    """Return the best network inside the budget, among those that use more than 97% of it if there are any.
+    Args:
+        net: The supernet.
+        budget: What the result may cost.
+        trials: Every judged network.
+        settings: ``searcher``, ``seed``, and what else the result depends on.
+        choice: The searcher's own choice among the trials; by default the best score among those that use more than
+            97% of the budget, if there are any, else among those inside it.
 
     Raises:
         BudgetError: If no trial is inside the budget.
         ModelError: If none that is has a finite score.
+        PluginError: If the searcher's choice was not judged, or is outside the budget.
     """
     inside = [t for t in trials if budget.fits(net.graph, t.widths)]
     if not inside:
         raise BudgetError(f"no judged network was inside the budget {budget}; the searcher proposed {len(trials)}")
-    best = best_inside(net.space, budget, inside, BAND) or best_inside(net.space, budget, inside)
+    if choice is not None:
+        best = next((t for t in inside if t.widths == dict(choice)), None)
+        if best is None:
+            raise PluginError(
+                f"searcher '{settings['searcher']}' chose widths that it had not judged inside the budget"
+            )
+    else:
+        best = best_inside(net.space, budget, inside, NEAR) or best_inside(net.space, budget, inside)
     if best is None:
         raise ModelError(
             f"none of the {len(inside)} networks inside the budget has a finite loss; the supernet diverged or the "
             "held-out data holds NaN"
         )
-    full = {"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()}
+    kept = {name: value for name, value in settings.items() if name not in ("searcher", "seed", "budget")}
     return SearchResult(
-        best.widths,
-        best.score,
-        best.accuracy,
-        best.macs,
-        best.params,
-        str(budget),
-        settings["searcher"],
-        settings["seed"],
-        full,
-        trials,
-        {
-            **{name: value for name, value in settings.items() if name in KEPT},
-            "strategy": repr(net.strategy),
-            "space_size": str(net.space.size),
-        },
+        widths=best.widths,
+        score=best.score,
+        accuracy=best.accuracy,
+        macs=best.macs,
+        params=best.params,
+        budget=str(budget),
+        searcher=settings["searcher"],
+        seed=settings["seed"],
+        full={"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()},
+        trials=trials,
+        settings={**kept, "strategy": repr(net.strategy), "space_size": str(net.space.size)},
     )
 
 
 def with_measurements(result: SearchResult, net: Supernet, budget: Budget) -> SearchResult:
     """Measure the best network where the budget is in memory or latency, and note what disappoints."""
     rows = measure_result(net, budget, result.widths)
-    return replace(result, measured=rows, notes=remarks(rows, result.macs, result.full["macs"]))
+    notes = [*result.notes, *remarks(rows, result.macs, result.full["macs"])]
+    return replace(result, measured=rows, notes=notes)
 
 
 def describe(result: SearchResult) -> str:

@@ -1,10 +1,11 @@
-"""Run a search: ask, judge, tell, and lose at most the evaluation in flight."""
+"""Run a search: ask, judge, tell, and lose at most what is in flight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,26 @@ import numpy as np
 
 from widthkit.budget import Budget, parse_budget
 from widthkit.errors import OptionError
-from widthkit.search.build import history_of, make_searcher
-from widthkit.search.evaluator import Evaluator, Judgement, Loss
-from widthkit.search.guided import Guidance, GuidedSearch, TrainFn, make_guidance
+from widthkit.search.evaluator import Evaluator
 from widthkit.search.identity import identity_of
 from widthkit.search.journal import Journal
-from widthkit.search.loop import run_loop
+from widthkit.search.judging import Judging, Loss
+from widthkit.search.loop import Loop, Watch
 from widthkit.search.measured import network_of
-from widthkit.search.near_budget import Fullest
-from widthkit.search.outcome import best_result, check_chosen, chosen_result, with_measurements
-from widthkit.search.providers import Offer
-from widthkit.search.result import SearchResult, Trial
-from widthkit.search.rounds import check_same, from_first, launched
-from widthkit.search.searcher import Searcher, parts_of
-from widthkit.search.top_up import filler, remark
+from widthkit.search.outcome import check_chosen, make_result, with_measurements
+from widthkit.search.processes import (
+    TrainFn,
+    check_same,
+    first_of_all,
+    from_first,
+    judge_in_processes,
+    own_device,
+    train_in_processes,
+)
+from widthkit.search.resources import Resources, history_of, make_searcher
+from widthkit.search.result import SearchResult
+from widthkit.search.searcher import SEARCHERS, Searcher
+from widthkit.search.top_up import remark, top_up
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
 from widthkit.train.parallel import broadcast_module, process_index
@@ -35,159 +42,146 @@ def search(
     net: Supernet,
     loader: Iterable[Any],
     budget: str | Sequence[str] | Budget,
-    searcher: str = "greedy",
+    searcher: str | None = None,
     *,
     loss: Loss | None = None,
     seed: int = 0,
-    batch_size: int = 2048,
-    device: Any = None,
-    training: bool = False,
+    judging: Judging | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: bool = True,
-    memory: str | int = "2GB",
-    on_trial: Callable[[Trial, float], None] | None = None,
-    score_model: str | None = "auto",
-    score_model_options: Mapping[str, Any] | None = None,
-    evaluations: int | None = None,
-    calibrate: int = 0,
+    progress: bool | Watch = True,
     train_fn: TrainFn | None = None,
     **options: Any,
 ) -> SearchResult:
     """Find the best widths under a budget, among those that use more than 97% of it where the space has any.
 
-    Under ``torchrun`` or ``accelerate launch`` all processes judge, each its share of the candidates; the result is the
+    Under ``torchrun`` or ``accelerate launch`` all processes judge, each its share of the candidates. The result is the
     same as with one process, and only the first writes files.
 
     Args:
-        net: A trained supernet.
+        net: A trained supernet; it is judged on the device where it is.
         loader: Held-out batches ``(inputs, targets)``.
         budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, ``"12MB"``, ``"1.8ms@cpu"``, or several; see
             :func:`widthkit.budget.parse_budget`.
-        searcher: Name of a registered searcher. A supernet whose strategy chooses widths in training needs none: its
-            widths are judged once and returned, and ``settings["units"]`` names the units.
+        searcher: Name of a registered searcher; by default the one that the installed plug-ins mark as default. A
+            supernet whose strategy chooses widths in training needs none: its widths are judged once and returned, and
+            ``settings["units"]`` names the units.
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
         seed: Seeds the searcher.
-        batch_size: Examples per forward pass; batch statistics want many.
-        device: Where to judge; the supernet moves there. Its own device by default.
-        training: Judge in training mode, for models that return their losses only then, such as detectors.
+        judging: Batch size, memory and mode of judging.
         out: Folder for ``search.json`` and the journal that ``resume`` reads.
         resume: Continue an interrupted search; the result is the same as without the interruption.
-        progress: Show a progress bar on a terminal.
-        memory: Most memory for what candidates that are judged together share, such as ``"2GB"``.
-        on_trial: Called after every judged width vector with the trial and the progress (0 to 1); of several processes
-            only in the first.
-        score_model: Name of a registered score model: the searcher then sees its predictions, and the supernet judges
-            few networks, where they help most. ``None`` lets the supernet judge every proposal. ``"auto"`` takes the
-            default model for searchers that compare scores.
-        score_model_options: Options of the model.
-        evaluations: With a score model, how many networks the supernet judges; by default as many as the searcher alone
-            would propose, but at most 256.
-        calibrate: With a score model, how many networks are trained on their own, chosen by design.
-        train_fn: Trains them: widths -> accuracy (higher is better). Of several processes each trains its share, and
-            :func:`~widthkit.train.train` sees one process inside; an ``Accelerator``, ``DistributedDataParallel`` or
-            collectives of your own would see all of them and must not be used there.
+        progress: Show a progress bar on a terminal, or a line now and then elsewhere. A function is called with every
+            trial and the share of the search that is done, of several processes only in the first.
+        train_fn: Trains a network of given widths on its own and returns its accuracy (higher is better), for searchers
+            that ask for that. Of several processes each trains its share, and :func:`~widthkit.train.train` sees one
+            process inside; an ``Accelerator``, ``DistributedDataParallel`` or collectives of your own would see all of
+            them and must not be used there.
         **options: Options of the searcher.
 
     Raises:
         BudgetError: If even the narrowest network exceeds the budget, or the widths that training chose do.
         CheckpointError: If ``resume`` finds a journal of another search.
         ModelError: If no network inside the budget got a finite score.
+        OptionError: If the searcher does not take an option, or asks for trainings and there is no ``train_fn``.
+        PluginError: If there is no searcher of that name.
     """
     if not isinstance(net, Supernet):
         raise OptionError(f"{type(net).__name__} is no supernet, so there are no widths to search; see make_supernet")
-    limit = parse_budget(budget, net.graph, lambda widths: network_of(net, widths))
-    limit.check(net.space)
-    criterion = loss or cross_entropy()
+    limits = parse_budget(budget, net.graph, lambda widths: network_of(net, widths))
+    limits.check(net.space)
+    criterion, judging = loss or cross_entropy(), judging or Judging()
+    name = SEARCHERS.default if searcher is None else searcher
     chosen = net.chosen()
     if chosen is not None:
-        check_chosen(net, limit, chosen)
-    offer = Offer(net, loader, criterion)
-
-    def build() -> Searcher:
-        return make_searcher(searcher, net, limit, np.random.default_rng(seed), options, offer)
-
-    engine = build()
-    guidance = make_guidance(score_model, type(engine), evaluations, calibrate, train_fn, score_model_options)
-    if guidance is not None and parts_of(engine) > 1:
-        raise OptionError(f"{searcher} asks about parts of the data, as no score model can; pass score_model=None")
-    settings = {"searcher": searcher, "options": options, "budget": str(limit), "seed": seed}
-    if guidance is not None and chosen is None:
-        settings |= guidance.settings()
-    with launched(device) as place:
-        judge = Evaluator(
-            net,
-            loader,
-            criterion,
-            batch_size=batch_size,
-            parts=parts_of(engine),
-            device=place,
-            training=training,
-            memory=memory,
-        )
-        broadcast_module(net)
-        if chosen is not None:
-            result = chosen_result(net, limit, judge, chosen, settings)
-        else:
-            identity = identity_of(net, judge, criterion, settings)
-            check_same(identity)
-            first = process_index() == 0
-            journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
-            known = from_first(journal.read) if resume else {}
-            judge.recall(from_first(journal.read_pieces) if resume else [])
-            with _show(progress and first) as shown:
-                watchers = [f for f in (shown, on_trial) if f and first]
-                run = _Run(net, limit, judge, journal, known, watchers, settings)
-                result = run.plain(engine) if guidance is None else run.guided(build, guidance)
-        result = from_first(lambda: with_measurements(result, net, limit))
-        if out is not None:
-            from_first(lambda: result.save(Path(out) / "search.json"))
+        check_chosen(net, limits, chosen)
+    resources, rng = Resources(net, loader, criterion), np.random.default_rng(seed)
+    engine = make_searcher(name, resources, limits, rng, options, can_train=train_fn is not None)
+    settings = {"searcher": name, "options": options, "budget": str(limits), "seed": seed, "training": judging.training}
+    device = own_device()
+    if device is not None:
+        net.to(device)
+    judge = Evaluator(net, loader, criterion, judging)
+    broadcast_module(net)
+    if chosen is not None:
+        result = _judge_chosen(net, limits, judge, settings)
+    else:
+        with _watchers(progress) as watchers:
+            loop = _make_loop(net, judge, settings, out, resume, train_fn, watchers)
+            result = _search(net, limits, loop, engine, settings)
+        result = _with_note(result, judge)
+    result = from_first(lambda: with_measurements(result, net, limits))
+    if out is not None:
+        from_first(lambda: result.save(Path(out) / "search.json"))
     return result
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What both ways of searching need."""
-
-    net: Supernet
-    limit: Budget
-    judge: Evaluator
-    journal: Journal
-    known: dict[str, Judgement]
-    watchers: Sequence[Callable[[Trial, float], None]]
-    settings: dict[str, Any]
-
-    def plain(self, engine: Searcher) -> SearchResult:
-        """Let the supernet judge every proposal, then fill the budget up."""
-        trials = self._loop(engine)
-        rest = filler(self.net.space, self.limit, trials, self.settings["seed"])
-        if rest is not None:
-            trials += self._loop(rest)
-        return self._end(self._best(trials), None if rest is None else rest.fullest)
-
-    def guided(self, build: Callable[[], Searcher], guidance: Guidance) -> SearchResult:
-        """Let a score model judge, which learns from what the supernet says of few."""
-        guide = GuidedSearch(
-            guidance, build, self.net.space, self.limit, self.judge, self.journal, self.known, self.watchers
-        )
-        guided = guide.run(self.settings["seed"])
-        return self._end(guided.choose(self._best(guided.trials)), None)
-
-    def _loop(self, engine: Searcher) -> list[Trial]:
-        return run_loop(engine, self.net.graph, self.judge, self.journal, self.known, self.watchers)
-
-    def _best(self, trials: list[Trial]) -> SearchResult:
-        counts = {name: len(records) for name, records in history_of(self.settings["searcher"], self.net).items()}
-        return best_result(self.net, self.limit, trials, {**self.settings, **counts})
-
-    def _end(self, result: SearchResult, fullest: Fullest | None) -> SearchResult:
-        why = remark(self.net.space, self.limit, result.widths, fullest)
-        if why is not None:
-            result.settings["remark"] = why
-        return result
+def _search(net: Supernet, budget: Budget, loop: Loop, engine: Searcher, settings: dict[str, Any]) -> SearchResult:
+    """Run the searcher, then top its best network up where it left some of the budget."""
+    trials = loop.run(engine)
+    choice, rest = engine.choice(), None
+    if choice is None:
+        rest = top_up(net.space, budget, trials, settings["seed"])
+        trials += loop.run(rest) if rest is not None else []
+    history = len(history_of(settings["searcher"], net))
+    result = make_result(net, budget, trials, {**settings, **({"history": history} if history else {})}, choice)
+    result.settings.update(engine.summary())
+    why = remark(net.space, budget, result.widths, None if rest is None else rest.fullest)
+    if why is not None:
+        result.settings["remark"] = why
+    return result
 
 
-def _show(progress: bool) -> AbstractContextManager[Callable[[Trial, float], None] | None]:
-    from widthkit.search.progress import SearchBar
+def _judge_chosen(net: Supernet, budget: Budget, judge: Evaluator, settings: dict[str, Any]) -> SearchResult:
+    """Report what training chose, judged once; there is nothing to search."""
+    chosen = net.chosen()
+    assert chosen is not None
+    widths = {name: len(units) for name, units in chosen.items()}
+    trial = Loop(net.graph, judge.judge_many).trial(widths, judge(widths))
+    result = make_result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
+    result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
+    return result
 
-    return SearchBar() if progress else nullcontext(None)
+
+def _make_loop(
+    net: Supernet,
+    judge: Evaluator,
+    settings: dict[str, Any],
+    out: str | Path | None,
+    resume: bool,
+    train_fn: TrainFn | None,
+    watchers: Sequence[Watch],
+) -> Loop:
+    """Open the journal and read what an interrupted search left there."""
+    identity = identity_of(net, judge, settings)
+    check_same(identity)
+    first = process_index() == 0
+    journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
+    return Loop(
+        net.graph,
+        partial(judge_in_processes, judge),
+        None if train_fn is None else partial(train_in_processes, train_fn),
+        journal,
+        from_first(journal.read) if resume else {},
+        watchers if first else (),
+    )
+
+
+def _with_note(result: SearchResult, judge: Evaluator) -> SearchResult:
+    why = first_of_all(judge.unshared)
+    note = f"candidates were judged one by one, because they cannot share what they have in common: {why}"
+    return replace(result, notes=[*result.notes, note]) if why else result
+
+
+@contextmanager
+def _watchers(progress: bool | Watch) -> Iterator[list[Watch]]:
+    """Yield who is told of every trial."""
+    from widthkit.search.progress_bar import SearchBar
+
+    if not isinstance(progress, bool):
+        yield [progress]
+    elif not progress or process_index() > 0:
+        yield []
+    else:
+        with SearchBar() as bar:
+            yield [bar]

@@ -6,29 +6,35 @@ Searchers live outside the core and come in through the entry-point group ``widt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from widthkit.budget import Budget
-from widthkit.errors import PluginError
 from widthkit.graph.space import SearchSpace
 from widthkit.registry import Registry
 
 WidthVector = dict[str, int]
+"""Group name -> width, for every group of the space, in its order."""
 
 
-class Span(NamedTuple):
-    """Of ``of`` parts of the held-out data, as equal as whole batches allow, those from ``start`` up to ``stop``."""
+class StandAlone(list[WidthVector]):
+    """Width vectors to train on their own, instead of judging them inside the supernet.
 
-    start: int
-    stop: int
-    of: int
+    :meth:`Searcher.ask` may return one; their stand-alone accuracies are then told as scores.
+    """
 
 
 class Searcher(ABC):
     """Ask for widths, tell their scores, until :attr:`done`.
+
+    A searcher is deterministic: what it asks follows from its arguments, its generator and what it was told. So an
+    interrupted search is resumed by telling it again what is known.
+
+    A constructor may have more parameters: options, which users set, and these, which the search fills in unless the
+    user does: ``unit_scores`` (criterion -> group name -> importance of every unit) and ``history`` (the width vectors
+    that trained best, with their losses).
 
     Args:
         space: The widths to choose from.
@@ -36,53 +42,30 @@ class Searcher(ABC):
         rng: The only source of randomness.
     """
 
-    compares_scores: ClassVar[bool] = True
-    """Whether scores decide what is proposed or chosen; ``False`` for baselines with one proposal."""
-
     def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
         self.space = space
         self.budget = budget
         self.rng = rng
 
     @abstractmethod
-    def ask(self) -> list[WidthVector]:
+    def ask(self) -> list[WidthVector] | StandAlone:
         """Propose the next widths to judge; an empty list when the search is done."""
-
-    @property
-    def parts(self) -> int:
-        """Into how many parts of whole batches the held-out data must be divisible; read once, at the start."""
-        return 1
-
-    @property
-    def span(self) -> Span | None:
-        """The part of the held-out data on which what was asked last is to be judged; ``None`` is all of it.
-
-        It is read after every :meth:`ask`. Judgements on a part are told like others, but are no trials of the result:
-        scores on different parts do not compare.
-        """
-        return None
 
     @abstractmethod
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
-        """Receive the scores (higher is better; NaN counts as worst) of all widths that were asked."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on later, as JSON values; the generator is kept by the caller."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Receive the scores (higher is better; one that is not finite comes as minus infinity) of what was asked."""
 
     @property
     @abstractmethod
     def done(self) -> bool:
         """Whether there is nothing left to ask."""
 
+    # What follows has a default that suits most searchers.
+
     @property
-    @abstractmethod
     def progress(self) -> float:
         """How far the search has come, from 0 to 1; an estimate is fine."""
+        return float(self.done)
 
     @property
     def proposals(self) -> int | None:
@@ -92,11 +75,22 @@ class Searcher(ABC):
         """
         return None
 
+    @property
+    def trainings(self) -> int:
+        """How many networks it will ask to train on their own, at most; the search refuses early where nobody can."""
+        return 0
+
+    def choice(self) -> WidthVector | None:
+        """Return the searcher's own choice among what was judged; ``None`` takes the best score near the budget."""
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the result should say of the search, as JSON values."""
+        return {}
+
 
 class OneShotSearcher(Searcher):
     """Proposes one width vector and is done: a baseline that compares no scores."""
-
-    compares_scores = False
 
     def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator) -> None:
         super().__init__(space, budget, rng)
@@ -114,40 +108,10 @@ class OneShotSearcher(Searcher):
         """There is nothing to learn."""
         self._told = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the candidate was judged."""
-        return {"told": self._told}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore that."""
-        self._told = bool(state["told"])
-
     @property
     def done(self) -> bool:
         """Whether the candidate was judged."""
         return self._told
-
-    @property
-    def progress(self) -> float:
-        """0 or 1."""
-        return float(self._told)
-
-    @property
-    def proposals(self) -> int:
-        """One."""
-        return 1
-
-
-def parts_of(searcher: Searcher) -> int:
-    """Return a searcher's number of parts.
-
-    Raises:
-        PluginError: If that is no positive whole number.
-    """
-    parts = searcher.parts
-    if not isinstance(parts, int) or parts < 1:
-        raise PluginError(f"searcher {type(searcher).__name__}: parts must be a positive whole number, not {parts!r}")
-    return parts
 
 
 SEARCHERS: Registry[type[Searcher]] = Registry("searcher", "widthkit.searchers", Searcher)

@@ -1,60 +1,58 @@
-"""Fill a result up to its budget: every result uses more than 97% of it, or says why not.
+"""Top a result up to its budget: every result uses more than 97% of it, or says why not.
 
-A search may end below its budget: greedy stops at the first step inside, coarse choices leave gaps. From the best
-network, groups are widened by judged steps. Where nothing wider fits and the band is not reached, one group pays for
-another, and where that fails too, any point in the band will do. All of it is judged like any other proposal.
+A search may end below its budget: it stops at the first step inside, or coarse choices leave gaps. Then groups of the
+best network are widened step by step, and every step is judged. Where nothing wider fits, one group is widened and
+another narrowed; where that fails too, any point near the budget is taken.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from widthkit.budget import Budget
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
-from widthkit.search.near_budget import BAND, Fullest, fullest
+from widthkit.search.genes import named, usage_of
+from widthkit.search.near_budget import NEAR, Fullest, fullest
 from widthkit.search.result import Trial
 from widthkit.search.searcher import Searcher, WidthVector
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 _PRICED = 1 << 17
 _WALKS = 256
 
 
-def filler(space: SearchSpace, budget: Budget, trials: Sequence[Trial], seed: int) -> Filler | None:
-    """Return a searcher that goes on from the best trial inside the budget; ``None`` if that one lies in the band."""
+def top_up(space: SearchSpace, budget: Budget, trials: Sequence[Trial], seed: int) -> TopUp | None:
+    """Return a searcher that goes on from the best trial inside the budget; ``None`` if that one is near it."""
     best = best_inside(space, budget, trials)
-    if best is None or budget.usage(space.graph, best.widths) > BAND:
+    if best is None or budget.usage(space.graph, best.widths) > NEAR:
         return None
-    return Filler(space, budget, np.random.default_rng([seed, 97]), best.widths)
+    return TopUp(space, budget, np.random.default_rng([seed, 97]), best.widths)
 
 
-def best_inside(space: SearchSpace, budget: Budget, trials: Sequence[Trial], band: float = 0.0) -> Trial | None:
-    """Return the best trial with a finite score that uses more than ``band`` of the budget and holds it."""
+def best_inside(space: SearchSpace, budget: Budget, trials: Sequence[Trial], least: float = 0.0) -> Trial | None:
+    """Return the best trial with a finite score that uses more than ``least`` of the budget and holds it."""
     inside = [
         t
         for t in trials
-        if math.isfinite(t.score) and budget.fits(space.graph, t.widths) and budget.usage(space.graph, t.widths) > band
+        if math.isfinite(t.score) and budget.fits(space.graph, t.widths) and budget.usage(space.graph, t.widths) > least
     ]
     return max(inside, key=lambda t: (t.score, -t.macs)) if inside else None
 
 
-class Filler(Searcher):
-    """Widen what scores best until the band is reached.
+class TopUp(Searcher):
+    """Widen what scores best until the budget is almost used.
 
     Args:
         space: The choices.
         budget: What the result may cost.
-        rng: Used where no widening and no exchange of two groups lands in the band.
-        start: Where to begin: inside the budget, and below the band. Its widths need not be choices.
+        rng: Used where no widening and no exchange of two groups comes near the budget.
+        start: Where to begin: inside the budget, not near it. Its widths need not be choices.
 
     Attributes:
-        fullest: The number problem's answer, where it had to be asked.
+        fullest: The point that uses most of the budget, where it was looked for.
     """
 
     def __init__(self, space: SearchSpace, budget: Budget, rng: np.random.Generator, start: Mapping[str, int]) -> None:
@@ -65,7 +63,7 @@ class Filler(Searcher):
         self._asked = self._propose()
 
     def ask(self) -> list[WidthVector]:
-        """The next widenings, at most one per group, or the points in the band that end the search."""
+        """The next widenings, at most one per group, or the points near the budget that end the search."""
         return [dict(widths) for widths in self._asked]
 
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
@@ -75,29 +73,20 @@ class Filler(Searcher):
         self._now = dict(widths[max(range(len(widths)), key=lambda i: (worth[i], usage[i], -i))])
         self._asked = [] if self._last else self._propose()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is, and what it asks."""
-        return {"now": dict(self._now), "last": self._last, "asked": self.ask()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self._now, self._last = dict(state["now"]), bool(state["last"])
-        self._asked = [dict(widths) for widths in state["asked"]]
-
     @property
     def done(self) -> bool:
-        """Whether the band was reached, or cannot be."""
+        """Whether the budget is almost used, or nothing more can be done."""
         return not self._asked
 
     @property
     def progress(self) -> float:
-        """The search proper is over."""
+        """The search that is topped up is over."""
         return 1.0
 
     def _propose(self) -> list[WidthVector]:
         wider = self._moves(1)
         usage = self._usage(wider)
-        landed = wider[(usage > BAND) & (usage <= 1)]
+        landed = wider[(usage > NEAR) & (usage <= 1)]
         if len(landed):
             self._last = True
             return self._named(_one_per_group(landed, self._vector(), np.ones(len(landed))))
@@ -111,11 +100,11 @@ class Filler(Searcher):
         now = self._vector()
         left = 1 - float(self._usage(now[None])[0])
         taken = usage - (1 - left)
-        # Small steps first count as worth more the larger they are; steps that are too large the smaller they are.
+        # Prefer the largest step that uses at most a third of what is left; of larger ones the smallest.
         return _one_per_group(wider, now, np.where(taken <= left / 3, taken, -taken))
 
     def _exchanged(self, wider: IntArray) -> IntArray:
-        """Points in the band where one group is wider and another narrower, the smallest changes first."""
+        """Points near the budget where one group is wider and another narrower, the smallest changes first."""
         narrower = self._moves(-1)
         if not len(narrower) or not len(wider):
             return wider[:0]
@@ -126,21 +115,21 @@ class Filler(Searcher):
         both = first + second - now
         both = both[((first != now) != (second != now)).sum(axis=1) == 2]
         usage = self._usage(both)
-        return self._nearest(both[(usage > BAND) & (usage <= 1)])
+        return self._nearest(both[(usage > NEAR) & (usage <= 1)])
 
     def _walked(self) -> IntArray:
-        """Points in the band at the end of random walks: some groups narrower, then others wider while they fit."""
+        """Points near the budget at the end of random walks: some groups narrower, then others wider while they fit."""
         found = []
         for walk in range(_WALKS):
             here = self._vector()
             for _ in range(1 + walk % 8):
                 here = self._stepped(here, -1)
-            while (used := float(self._usage(here[None])[0])) <= BAND:
+            while (used := float(self._usage(here[None])[0])) <= NEAR:
                 there = self._stepped(here, 1)
                 if (there == here).all():
                     break
                 here = there
-            if used > BAND:
+            if used > NEAR:
                 found.append(here)
         return self._nearest(np.array(found, dtype=np.int64).reshape(-1, len(self.space.groups)))
 
@@ -182,13 +171,10 @@ class Filler(Searcher):
         return np.array([self._now[name] for name in self.space.names], dtype=np.int64)
 
     def _usage(self, vectors: IntArray) -> FloatArray:
-        if not len(vectors):
-            return np.zeros(0)
-        return np.asarray(self.budget.usage(self.space.graph, vectors), dtype=np.float64).reshape(len(vectors))
+        return usage_of(self.space, self.budget, vectors)
 
     def _named(self, vectors: IntArray) -> list[WidthVector]:
-        named = [dict(zip(self.space.names, vector, strict=True)) for vector in vectors.tolist()]
-        return [widths for widths in named if self.budget.fits(self.space.graph, widths)]
+        return [widths for widths in named(self.space, vectors) if self.budget.fits(self.space.graph, widths)]
 
 
 def _one_per_group(moves: IntArray, now: IntArray, worth: FloatArray) -> IntArray:
@@ -200,24 +186,24 @@ def _one_per_group(moves: IntArray, now: IntArray, worth: FloatArray) -> IntArra
 
 
 def remark(space: SearchSpace, budget: Budget, widths: Mapping[str, int], found: Fullest | None) -> str | None:
-    """Say why a result lies below the band; ``None`` if it does not.
+    """Say why a result is not near its budget; ``None`` if it is.
 
     Args:
         space: The space.
         budget: The budget.
         widths: The result.
-        found: The number problem's answer, where it is known already.
+        found: The point that uses most of the budget, where it is known already.
     """
     used = budget.usage(space.graph, dict(widths))
-    if used > BAND:
+    if used > NEAR:
         return None
     why = f"it uses {used:.1%} of the budget"
     most = budget.usage(space.graph, space.largest)
-    if most <= BAND:
+    if most <= NEAR:
         return f"{why}; the widest network of this space uses no more than {most:.1%}"
     found = found or fullest(space, budget)
-    if found.usage > BAND:
-        return f"{why}; the networks in ({BAND:.0%}, 100%] of it that were judged have no finite score"
+    if found.usage > NEAR:
+        return f"{why}; the networks in ({NEAR:.0%}, 100%] of it that were judged have no finite score"
     if found.proven:
-        return f"{why}; no network of this space lies in ({BAND:.0%}, 100%] of it, the fullest uses {found.usage:.1%}"
-    return f"{why}; no network in ({BAND:.0%}, 100%] of it was found, the fullest one found uses {found.usage:.1%}"
+        return f"{why}; no network of this space lies in ({NEAR:.0%}, 100%] of it, the fullest uses {found.usage:.1%}"
+    return f"{why}; no network in ({NEAR:.0%}, 100%] of it was found, the fullest one found uses {found.usage:.1%}"

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from widthkit.budget import Budget, parse_budget
 from widthkit.graph.space import SearchSpace
-from widthkit.search.searcher import Searcher
+from widthkit.search.searcher import Searcher, StandAlone
 from widthkit.testing.examples import SPACES, build_space, small_graph
 
 MakeSearcher = Callable[[SearchSpace, Budget, np.random.Generator], Searcher]
@@ -51,11 +50,10 @@ class SearcherConformance:
     The fixture returns a callable ``(space, budget, rng) -> Searcher``; a class whose options all have defaults is
     one already. Keep the searcher short (some hundred width vectors), for it is run many times.
 
-    >>> class TestGreedy(SearcherConformance):
+    >>> class TestDefault(SearcherConformance):
     ...     @pytest.fixture
     ...     def make_searcher(self):
-    ...         from widthkit_plugins.searchers.greedy import GreedySearcher
-    ...         return GreedySearcher
+    ...         return SEARCHERS.get(SEARCHERS.default)
     """
 
     @pytest.fixture
@@ -91,6 +89,14 @@ class SearcherConformance:
         searcher.budget.check(searcher.space)
         asked = [widths for round_, _ in play(searcher, smooth_score) for widths in round_]
         assert any(searcher.budget.fits(searcher.space.graph, widths) for widths in asked)
+
+    def test_its_choice_was_judged(self, make_searcher: MakeSearcher) -> None:
+        """A searcher may choose for itself, among networks that were judged inside the supernet and fit the budget."""
+        searcher = self._build(make_searcher)
+        judged = [w for asked, _ in play(searcher, smooth_score) for w in asked if not isinstance(asked, StandAlone)]
+        choice = searcher.choice()
+        assert choice is None or (choice in judged and searcher.budget.fits(searcher.space.graph, choice))
+        json.dumps(searcher.summary())
 
     def test_a_space_of_one_point_is_searched(self, make_searcher: MakeSearcher) -> None:
         """Its only point is proposed, and that is all."""
@@ -134,26 +140,15 @@ class SearcherConformance:
         assert torch.equal(torch.get_rng_state(), states[0]), "draw from the generator that the searcher is given"
         assert str(np.random.get_state()) == states[1], "draw from the generator that the searcher is given"
 
-    def test_a_saved_state_goes_on_identically(self, make_searcher: MakeSearcher) -> None:
-        """From any point: state as JSON, a new searcher, the generator put back by the caller."""
+    def test_told_scores_again_it_goes_on_identically(self, make_searcher: MakeSearcher) -> None:
+        """A resumed search tells a fresh searcher what is known; from any point it then asks the same."""
         whole = play(self._build(make_searcher), smooth_score)
         for cut in _cuts(len(whole)):
-            searcher = self._build(make_searcher)
-            begun = play(searcher, smooth_score, cut)
-            state: dict[str, Any] = json.loads(json.dumps(searcher.state_dict()))
-            again = self._build(make_searcher, seed=99)
-            again.load_state_dict(state)
-            again.rng.bit_generator.state = searcher.rng.bit_generator.state
-            assert begun + play(again, smooth_score) == whole
-
-    def test_a_saved_state_is_a_snapshot(self, make_searcher: MakeSearcher) -> None:
-        """It does not change while the search goes on."""
-        searcher = self._build(make_searcher)
-        play(searcher, smooth_score, 1)
-        state = searcher.state_dict()
-        kept = copy.deepcopy(state)
-        play(searcher, smooth_score)
-        assert state == kept
+            again = self._build(make_searcher)
+            for asked, scores in whole[:cut]:
+                assert again.ask() == asked
+                again.tell(asked, scores)
+            assert whole[:cut] + play(again, smooth_score) == whole
 
     def test_proposals_belong_to_the_caller(self, make_searcher: MakeSearcher) -> None:
         """Changing what was asked and told leaves the search as it is."""

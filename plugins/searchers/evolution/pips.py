@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from widthkit_plugins.searchers.evolution.pips_program import Distributions, fit
 
 from widthkit.budget import Budget
 from widthkit.errors import OptionError
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
+from widthkit.search.genes import Genes
 from widthkit.train.history import WidthRecord
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def potential_errors(
@@ -84,10 +82,10 @@ def sample(
     distributions: Distributions,
     rng: np.random.Generator,
     n: int,
-    band: float,
+    near_budget: float,
     batches: int = 30,
 ) -> list[dict[str, int]]:
-    """Draw up to ``n`` different width vectors inside the budget, those that use more than ``band`` of it first.
+    """Draw up to ``n`` different width vectors inside the budget, those that use more than ``near_budget`` of it first.
 
     Where too few draws are inside, because a bound is no polynomial or the distributions are nearly certain, draws
     outside lose random steps until they are inside.
@@ -98,22 +96,23 @@ def sample(
         distributions: Every group's distribution over its choices.
         rng: Draws.
         n: How many are wanted; fewer come back where the distributions give no more.
-        band: Share of the budget that draws should exceed.
-        batches: How many times to draw ``8 n`` before making do with what lies below the band.
+        near_budget: Share of the budget that draws should exceed.
+        batches: How many times to draw ``8 n`` before making do with what uses less.
     """
+    table = Genes(space, budget)
     found: dict[tuple[int, ...], float] = {}
     outside: list[IntArray] = []
     for _ in range(batches):
         genes = _drawn(distributions, rng, 8 * n)
-        usage = _usage(space, budget, genes)
+        usage = table.usage(genes)
         _keep(found, genes, usage)
         outside.append(genes[usage > 1])
-        if sum(used > band for used in found.values()) >= n:
+        if sum(used > near_budget for used in found.values()) >= n:
             break
     if len(found) < n:
-        genes = _repaired(space, budget, np.concatenate(outside)[: 8 * n], rng)
-        _keep(found, genes, _usage(space, budget, genes))
-    chosen = sorted(found, key=lambda key: -min(found[key], band))
+        genes = table.step_down(np.concatenate(outside)[: 8 * n], rng)
+        _keep(found, genes, table.usage(genes))
+    chosen = sorted(found, key=lambda key: -min(found[key], near_budget))
     return [w for w in map(space.decode, chosen) if budget.fits(space.graph, w)][:n]
 
 
@@ -127,25 +126,10 @@ def _drawn(distributions: Distributions, rng: np.random.Generator, n: int) -> In
     return np.stack(columns, axis=1).astype(np.int64)
 
 
-def _usage(space: SearchSpace, budget: Budget, genes: IntArray) -> FloatArray:
-    columns = [np.array(g.options)[column] for g, column in zip(space.groups, genes.T, strict=True)]
-    return np.asarray(budget.usage(space.graph, np.stack(columns, axis=1)), dtype=np.float64).reshape(len(genes))
-
-
 def _keep(found: dict[tuple[int, ...], float], genes: IntArray, usage: FloatArray) -> None:
     for key, used in zip(map(tuple, genes.tolist()), usage.tolist(), strict=True):
         if used <= 1:
             found.setdefault(key, used)
-
-
-def _repaired(space: SearchSpace, budget: Budget, genes: IntArray, rng: np.random.Generator) -> IntArray:
-    """Take random steps away until everything is inside; what has no step left stays outside."""
-    genes = genes.copy()
-    rows = np.arange(len(genes))
-    while len(rows := rows[(_usage(space, budget, genes[rows]) > 1) & genes[rows].any(axis=1)]):
-        weight = np.where(genes[rows] > 0, rng.random((len(rows), genes.shape[1])), -1.0)
-        genes[rows, weight.argmax(axis=1)] -= 1
-    return genes
 
 
 def prior_population(
@@ -156,9 +140,9 @@ def prior_population(
     n: int,
     *,
     entropy: float,
-    band: float,
+    near_budget: float,
     estimate: str = "benefit",
 ) -> list[dict[str, int]]:
     """Return up to ``n`` different width vectors inside the budget, drawn where training went well."""
     distributions = fit(space, budget, potential_errors(space, history, estimate), entropy)
-    return sample(space, budget, distributions, rng, n, band)
+    return sample(space, budget, distributions, rng, n, near_budget)

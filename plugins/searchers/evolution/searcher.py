@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from widthkit_plugins.searchers.evolution.pips import prior_population
-from widthkit_plugins.searchers.random_search import draw_in_band
+from widthkit_plugins.searchers.random_search import draw_near_budget
 
 from widthkit.budget import Budget
 from widthkit.errors import OptionError
+from widthkit.graph import FloatArray
 from widthkit.graph.space import SearchSpace
+from widthkit.search.genes import Genes
 from widthkit.search.searcher import Searcher, WidthVector
 from widthkit.train.history import WidthRecord
 
-FloatArray = npt.NDArray[np.float64]
 _WORST = 1e30
 """The error of a candidate without a finite score; NSGA-II needs a number."""
 
@@ -27,8 +28,8 @@ class EvolutionSearcher(Searcher):
     Tournament, two-point crossover, polynomial mutation.
 
     Genes are indices into the choices of every group. The first population is drawn where training went well (PIPS), or
-    at random where no training was recorded, and lies in the budget's band. Children outside the budget lose random
-    steps until they are inside, so nothing is judged in vain. No width vector is asked twice in one search.
+    at random where no training was recorded, and is near the budget. Children outside the budget take random steps down
+    until they are inside, so every judged network could be the result. No width vector is asked twice.
 
     Args:
         space: The widths to choose from.
@@ -36,7 +37,7 @@ class EvolutionSearcher(Searcher):
         rng: Seeds the algorithm.
         population: Candidates per generation (40 in the paper).
         generations: Generations, the first population included (50 in the paper).
-        band: The first population uses more than this share of the budget, where the space has such points.
+        near_budget: The first population uses more than this share of the budget, where the space has such points.
         pips: Draw the first population where training went well, if training was recorded.
         entropy: How far that draw spreads, 0.01 (narrow) to 1 (wide).
         estimate: How the recorded losses become errors of choices: ``"benefit"``, or ``"mean"`` (the paper's Eq. 13).
@@ -50,7 +51,7 @@ class EvolutionSearcher(Searcher):
         rng: np.random.Generator,
         population: int = 40,
         generations: int = 50,
-        band: float = 0.9,
+        near_budget: float = 0.9,
         pips: bool = True,
         entropy: float = 0.1,
         estimate: str = "benefit",
@@ -59,24 +60,25 @@ class EvolutionSearcher(Searcher):
         super().__init__(space, budget, rng)
         if population < 2 or generations < 1:
             raise OptionError("evolution needs a population of at least 2 and at least 1 generation")
-        if not 0 <= band < 1:
-            raise OptionError(f"band={band}: a share of the budget from 0 to below 1")
+        if not 0 <= near_budget < 1:
+            raise OptionError(f"near_budget={near_budget}: a share of the budget from 0 to below 1")
         self.population = population
         self.generations = generations
         self._seed = int(rng.integers(2**31))
         if not 0 < entropy < np.inf:
             raise OptionError(f"entropy={entropy}: it must be a positive number, or all draws become one")
+        self._table = Genes(space, budget)
         draws, first = np.random.default_rng(self._seed), []
         if pips and history:
             first = prior_population(
-                space, budget, history, draws, population, entropy=entropy, band=band, estimate=estimate
+                space, budget, history, draws, population, entropy=entropy, near_budget=near_budget, estimate=estimate
             )
         if len(first) < population:
-            known = {tuple(w.values()) for w in first}
-            others = draw_in_band(space, budget, draws, population, band)
-            first += [w for w in others if tuple(w.values()) not in known][: population - len(first)]
+            drawn = {tuple(w.values()) for w in first}
+            others = draw_near_budget(space, budget, draws, population, near_budget)
+            first += [w for w in others if tuple(w.values()) not in drawn][: population - len(first)]
         self._first = [space.encode(w).tolist() for w in first]
-        self._told: list[list[float]] = []
+        self._generation = 0
         self._start()
 
     def ask(self) -> list[WidthVector]:
@@ -87,31 +89,13 @@ class EvolutionSearcher(Searcher):
 
     def tell(self, widths: Sequence[WidthVector], scores: Sequence[float]) -> None:
         """Let the generation compete, and breed the next one."""
-        self._told.append([float(s) if np.isfinite(s) else -_WORST for s in scores])
-        self._compete(self._told[-1])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Seed, first population and all scores: the generations follow from them."""
-        return {"seed": self._seed, "first": [list(g) for g in self._first], "told": [list(s) for s in self._told]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replay the generations; the algorithm is deterministic."""
-        self._seed = int(state["seed"])
-        self._first = [[int(g) for g in genes] for genes in state["first"]]
-        self._told = [[float(s) for s in scores] for scores in state["told"]]
-        self._start()
-        for scores in self._told:
-            self._compete(scores)
+        self._generation += 1
+        self._compete([float(s) if np.isfinite(s) else -_WORST for s in scores])
 
     @property
     def done(self) -> bool:
         """Whether all generations were judged, or no new child can be bred."""
-        return len(self._told) >= self.generations or not len(self._asked)
-
-    @property
-    def progress(self) -> float:
-        """Share of the generations."""
-        return 1.0 if self.done else len(self._told) / self.generations
+        return self._generation >= self.generations or not len(self._asked)
 
     @property
     def proposals(self) -> int:
@@ -125,7 +109,7 @@ class EvolutionSearcher(Searcher):
         from pymoo.operators.crossover.pntx import TwoPointCrossover
         from pymoo.operators.mutation.pm import PolynomialMutation
 
-        top = np.array([len(g.options) - 1 for g in self.space.groups], dtype=np.float64)
+        top = self._table.top.astype(np.float64)
         self._problem = Problem(n_var=len(top), n_obj=2, xl=np.zeros(len(top)), xu=np.maximum(top, 1e-9))
         self._archive = _make_archive()
         self._algorithm = NSGA2(
@@ -134,7 +118,7 @@ class EvolutionSearcher(Searcher):
             sampling=np.array(self._first, dtype=np.float64),
             crossover=TwoPointCrossover(),
             mutation=PolynomialMutation(),
-            repair=_make_repair(self.space, self.budget, np.random.default_rng(self._seed + 1), top),
+            repair=_make_repair(self._table, np.random.default_rng(self._seed + 1)),
             eliminate_duplicates=self._archive,
         )
         self._algorithm.setup(self._problem, termination=NoTermination(), seed=self._seed, verbose=False)
@@ -150,10 +134,8 @@ class EvolutionSearcher(Searcher):
         from pymoo.core.evaluator import Evaluator
         from pymoo.problems.static import StaticProblem
 
-        vectors = np.array(
-            [[g.options[i] for g, i in zip(self.space.groups, genes, strict=True)] for genes in self._asked]
-        )
-        objectives = np.stack([-np.array(scores), self.space.graph.macs(vectors).astype(np.float64)], axis=1)
+        macs = self.space.graph.macs(self._table.widths(self._asked)).astype(np.float64)
+        objectives = np.stack([-np.array(scores), macs], axis=1)
         Evaluator().eval(StaticProblem(self._problem, F=objectives), self._infills)
         self._algorithm.tell(infills=self._infills)
         self._breed()
@@ -188,25 +170,12 @@ def _make_archive() -> Any:
     return Archive()
 
 
-def _make_repair(space: SearchSpace, budget: Budget, rng: np.random.Generator, top: FloatArray) -> Any:
+def _make_repair(table: Genes, rng: np.random.Generator) -> Any:
     """Return pymoo's hook that rounds genes and takes random steps away until a child is inside the budget."""
     from pymoo.core.repair import Repair
 
-    options = [np.array(g.options) for g in space.groups]
-
-    def outside(genes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        widths = np.stack([o[column] for o, column in zip(options, genes.T, strict=True)], axis=1)
-        return np.asarray((np.asarray(budget.usage(space.graph, widths)) > 1) & genes.any(axis=1))
-
     class Inside(Repair):  # type: ignore[misc]
         def _do(self, problem: Any, x: FloatArray, **_: Any) -> FloatArray:
-            genes = np.clip(np.rint(x), 0, top).astype(np.int64)
-            # All children take a step at a time: a price may be dear, and many at once cost little more than one.
-            rows = np.flatnonzero(outside(genes))
-            while len(rows):
-                for row in rows:
-                    genes[row, int(rng.choice(np.flatnonzero(genes[row])))] -= 1
-                rows = rows[outside(genes[rows])]
-            return genes.astype(np.float64)
+            return table.step_down(np.clip(np.rint(x), 0, table.top).astype(np.int64), rng).astype(np.float64)
 
     return Inside()

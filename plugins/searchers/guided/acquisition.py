@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.stats import norm
+from widthkit_plugins.searchers.guided.design import d_optimal, design_columns
 
 from widthkit.budget import Budget
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
-from widthkit.search.design import d_optimal, design_columns, to_widths
-from widthkit.search.score_model import FloatArray, Prediction, ScoreModel
+from widthkit.search.genes import Genes, usage_of
+from widthkit.search.score_model import Prediction, ScoreModel
 from widthkit.search.searcher import Searcher
 
 CURVES = 3
@@ -32,7 +33,7 @@ def expected_improvement(prediction: Prediction, best: float) -> FloatArray:
     return np.asarray(np.maximum(gain * norm.cdf(gain / std) + std * norm.pdf(gain / std), 0.0))
 
 
-def acquire(
+def acquisition_batch(
     model: ScoreModel, space: SearchSpace, pool: IntArray, seen: IntArray, n: int, rng: np.random.Generator
 ) -> IntArray:
     """Choose the next batch: of the half with the largest expected improvement, the ones that teach most.
@@ -53,7 +54,7 @@ def acquire(
     gain = expected_improvement(prediction, float(inside.mean.max()))
     short = np.lexsort((np.arange(len(pool)), -prediction.mean, -gain))[: max(n, len(pool) // _SHARE)]
     columns, given = design_columns(space, pool[short], CURVES), design_columns(space, seen, CURVES)
-    return pool[short][d_optimal(columns, n, rng, given)]
+    return np.asarray(pool[short][d_optimal(columns, n, rng, given)])
 
 
 def ask_model(searcher: Searcher, model: ScoreModel, budget: Budget, optimism: float = 0.0) -> IntArray:
@@ -76,7 +77,7 @@ def ask_model(searcher: Searcher, model: ScoreModel, budget: Budget, optimism: f
             break
         widths = np.array([[w[name] for name in space.names] for w in asked], dtype=np.int64)
         prediction = model.predict(widths)
-        fits = np.asarray(budget.usage(space.graph, widths)) <= 1
+        fits = usage_of(space, budget, widths) <= 1
         found.update((tuple(w), None) for w in widths[fits].tolist())
         searcher.tell(asked, (prediction.mean + optimism * prediction.std).tolist())
     return np.array(list(found), dtype=np.int64).reshape(-1, len(space.names))
@@ -87,22 +88,19 @@ def climb(model: ScoreModel, space: SearchSpace, budget: Budget, start: IntArray
 
     Searchers stop at the budget; the last channels that still fit are found here. Every step takes the best move.
     """
-    table = [np.array(g.options, dtype=np.int64) for g in space.groups]
     now = np.asarray(start)
-    if any(w not in t for w, t in zip(now, table, strict=True)):
-        return now  # between the choices: not of this grid
-    genes = np.array([int(np.flatnonzero(t == w)[0]) for t, w in zip(table, now, strict=True)], dtype=np.int64)
-    top = np.array([len(t) - 1 for t in table])
+    if any(width not in g.options for width, g in zip(now.tolist(), space.groups, strict=True)):
+        return now  # A width between two choices has no gene.
+    table = Genes(space, budget)
+    genes = np.array([g.options.index(w) for w, g in zip(now.tolist(), space.groups, strict=True)], dtype=np.int64)
     n = len(genes)
     steps = np.concatenate([np.eye(n), (np.eye(n)[:, None] - np.eye(n)[None]).reshape(-1, n)]).astype(np.int64)
     for _ in range(_MOST_STEPS):
         moved = np.concatenate([genes[None], genes + steps])
-        moved = moved[((moved >= 0) & (moved <= top)).all(1)]
-        widths = to_widths(space, moved)
-        usage = np.asarray(budget.usage(space.graph, widths))
-        mean = np.where(usage <= 1, model.predict(widths).mean, -np.inf)
+        moved = moved[((moved >= 0) & (moved <= table.top)).all(1)]
+        mean = np.where(table.usage(moved) <= 1, model.predict(table.widths(moved)).mean, -np.inf)
         best = int(np.argmax(mean))
         if not mean[best] > mean[0] + 1e-12 * abs(mean[0]):
             break
         genes = moved[best]
-    return np.asarray(to_widths(space, genes[None])[0])
+    return np.asarray(table.widths(genes[None])[0])

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from widthkit.budget import Budget
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
-from widthkit.search.score_model import FloatArray
+from widthkit.search.genes import Genes
 
 _ENUMERABLE = 20_000
 _PASSES = 3
@@ -101,33 +101,14 @@ def candidates(space: SearchSpace, budget: Budget, rng: np.random.Generator, n: 
     Small spaces are listed. In large ones, half of the draws prefer the extremes of every group, where a design looks
     first; what is outside the budget loses random steps until it is inside.
     """
-    top = np.array([len(g.options) - 1 for g in space.groups], dtype=np.int64)
+    table = Genes(space, budget)
     if space.size <= _ENUMERABLE:
-        genes = np.indices(tuple(top + 1)).reshape(len(top), -1).T
-        genes = genes[_usage(space, budget, genes) <= 1]
+        genes = table.all()
+        genes = genes[table.usage(genes) <= 1]
         genes = genes[np.sort(rng.permutation(len(genes))[:n])]
     else:
-        u = rng.random((n, len(top)))
+        u = rng.random((n, len(table.top)))
         u[::2] = rng.beta(0.3, 0.3, size=u[::2].shape)
-        genes = np.minimum((u * (top + 1)).astype(np.int64), top)
-        _slim(space, budget, genes, rng)
-        genes = np.unique(genes[_usage(space, budget, genes) <= 1], axis=0)
-    return to_widths(space, genes)
-
-
-def to_widths(space: SearchSpace, genes: IntArray) -> IntArray:
-    """Turn indices into the choices ``[n, groups]`` into widths."""
-    columns = [np.array(g.options, dtype=np.int64)[genes[:, i]] for i, g in enumerate(space.groups)]
-    return np.stack(columns, axis=1) if columns else np.zeros((len(genes), 0), dtype=np.int64)
-
-
-def _usage(space: SearchSpace, budget: Budget, genes: IntArray) -> FloatArray:
-    return np.asarray(budget.usage(space.graph, to_widths(space, genes)))
-
-
-def _slim(space: SearchSpace, budget: Budget, genes: IntArray, rng: np.random.Generator) -> None:
-    rows = np.flatnonzero(_usage(space, budget, genes) > 1)
-    while len(rows):
-        steps = np.where(genes[rows] > 0, rng.random(genes[rows].shape), -1.0).argmax(axis=1)
-        genes[rows, steps] -= genes[rows, steps] > 0
-        rows = rows[(_usage(space, budget, genes[rows]) > 1) & genes[rows].any(axis=1)]
+        genes = table.step_down(np.minimum((u * (table.top + 1)).astype(np.int64), table.top), rng)
+        genes = np.unique(genes[table.usage(genes) <= 1], axis=0)
+    return table.widths(genes)

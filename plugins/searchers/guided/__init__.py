@@ -1,0 +1,1 @@
+"""Guided search: a score model learns from few judged networks and decides."""
