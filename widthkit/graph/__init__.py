@@ -1,10 +1,10 @@
 """Pure data: channel graph, cost polynomials, the traced run as a program, search space, plan."""
 
+from widthkit.graph.arrays import FloatArray, IntArray
 from widthkit.graph.channel_graph import (
     AttributeInfo,
     ChannelGraph,
     ChannelGroup,
-    IntArray,
     Kept,
     Positions,
     Site,
@@ -17,6 +17,7 @@ __all__ = [
     "AttributeInfo",
     "ChannelGraph",
     "ChannelGroup",
+    "FloatArray",
     "IntArray",
     "Kept",
     "Positions",
