@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from widthkit.errors import WidthsError, close_matches
+from widthkit.graph.arrays import IntArray
 from widthkit.graph.memory import MemoryModel
 
 if TYPE_CHECKING:
     from widthkit.graph.cost import CostModel
     from widthkit.graph.program import Program
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 Widths = Mapping[str, int]
 Kept = Mapping[str, "int | Sequence[int] | IntArray"]
 

@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from widthkit.graph.arrays import FloatArray
 from widthkit.graph.cost import Polynomial, Term
 
-FloatArray = npt.NDArray[np.float64]
 Monomial = tuple[tuple[int, int], ...]
 """Pairs (group, exponent), by group."""
 

@@ -12,13 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from widthkit.errors import BudgetError
+from widthkit.graph.arrays import FloatArray, IntArray
 from widthkit.graph.program import Program, TensorSpec, is_floating, item_size
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 _CHUNK = 1 << 22
 """How many sums are computed at a time, so that many width vectors fit into memory."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from widthkit.graph.channel_graph import IntArray
+from widthkit.graph.arrays import IntArray
 
 
 def initialise_new(model: nn.Module, tensors: Mapping[str, Mapping[int, IntArray]], seed: int) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from widthkit.errors import WidthsError, close_matches
-from widthkit.graph.channel_graph import ChannelGraph, IntArray, Kept, Positions
+from widthkit.graph.arrays import IntArray
+from widthkit.graph.channel_graph import ChannelGraph, Kept, Positions
 from widthkit.graph.new_channels import initialise_new
 from widthkit.modules.clone import clone_with, named_tensors
 
@@ -185,7 +186,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, seed: int = 0, initialise: bool 
     Args:
         model: The model that the plan's graph was traced from.
         plan: From :func:`make_plan`.
-        seed: TensorLabels the initial values of new channels; the global random state is left as it was.
+        seed: Seeds the initial values of new channels; the global random state is left as it was.
         initialise: Give new channels initial values; ``False`` leaves zeros, for callers that load weights.
 
     Raises:

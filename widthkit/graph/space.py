@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from widthkit.errors import Option, OptionError, WidthsError, close_matches
-from widthkit.graph.channel_graph import ChannelGraph, IntArray
+from widthkit.graph.arrays import IntArray
+from widthkit.graph.channel_graph import ChannelGraph
 
 WidthLimit = int | float | str
 """A bound on widths: an int in units, or a ratio of the group's width as a float or text such as ``"0.5x"``."""
