@@ -1,11 +1,10 @@
-"""Pure data: channel graph, cost polynomials, the traced run, search space, plan."""
+"""Pure data: channel graph, cost polynomials, the traced run as a program, search space, plan."""
 
+from widthkit.graph.arrays import FloatArray, IntArray
 from widthkit.graph.channel_graph import (
     AttributeInfo,
     ChannelGraph,
     ChannelGroup,
-    FloatArray,
-    IntArray,
     Kept,
     Positions,
     Site,

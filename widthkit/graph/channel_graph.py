@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from widthkit.graph.program import Program
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 Widths = Mapping[str, int]
 Kept = Mapping[str, "int | Sequence[int] | IntArray"]
 
