@@ -1,7 +1,7 @@
 """Shape inference for common operators on the meta device.
 
 On the meta device only the shape, type and strides of a result matter. PyTorch computes them in Python, through many
-layers, which takes up to a millisecond a call and half of the time of a trace (docs/architecture.md has figures). The
+layers, which takes up to a millisecond a call and half of the time of a trace (docs/tracer.md has figures). The
 functions here answer valid calls on contiguous tensors of one floating-point type. All other calls, also those that
 must raise, are left to PyTorch.
 """
