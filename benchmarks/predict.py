@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 
 from widthkit.bench.files import write
 from widthkit.export import export
-from widthkit.graph import ChannelGraph, IntArray
+from widthkit.graph import ChannelGraph, FloatArray, IntArray
 from widthkit.latency import Conditions, LatencyModel
 from widthkit.latency.model import N_NETWORKS, random_widths, spread_widths
 from widthkit.latency.timing import interleaved
@@ -23,7 +22,6 @@ from widthkit.modules.models import create_model
 from widthkit.trace import trace
 
 DEFAULT = ["torchvision/resnet18", "torchvision/mobilenet_v2", "timm/efficientnet_b0"]
-FloatArray = npt.NDArray[np.float64]
 
 
 def run(models: list[str], size: int, conditions: Conditions, networks: int, out: Path | None, seed: int = 1) -> None:

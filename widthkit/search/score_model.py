@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from widthkit.errors import WidthsError
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
 from widthkit.registry import Registry
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from widthkit.errors import ModelError
-from widthkit.graph import IntArray
+from widthkit.graph import FloatArray, IntArray
 from widthkit.graph.space import SearchSpace
-from widthkit.search.score_model import FloatArray, Observations, Prediction, ScoreModel
+from widthkit.search.score_model import Observations, Prediction, ScoreModel
 from widthkit.testing.examples import SPACES, build_space, small_graph
 
 MakeScoreModel = Callable[[SearchSpace], ScoreModel]

@@ -18,14 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from widthkit.budget import Budget
+from widthkit.graph import FloatArray
 from widthkit.graph.expectation import Expectation, moments
 from widthkit.graph.space import SearchSpace
 from widthkit.search.uniform import uniform_widths
 
-FloatArray = npt.NDArray[np.float64]
 Distributions = list[FloatArray]
 _ROUNDS = 40
 _TIGHTER = 12
