@@ -338,7 +338,7 @@ def test_stages_need_bins(tmp_path, capfd, monkeypatch):
         (["--data", "cifar10", "--data-dir", "nowhere"], "pass --data-dir, the folder"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--search-memory", "2XB"], "error: --search-memory 2XB: this is no amount"),
-        (["--searcher-option", "risk=2"], "error: risk=2: a probability above 0 and below 1"),
+        (["--searcher", "random", "--searcher-option", "n=0"], "error: n=0: random search needs at least one draw"),
     ],
     ids=str,
 )

@@ -101,7 +101,7 @@ def test_every_field_can_be_set_from_the_command_line():
     config = RunConfig(**OTHERS)
     defaults = RunConfig(model="m", data="d")
     assert all(getattr(config, name) != getattr(defaults, name) for name in RunConfig.model_fields)
-    line = shlex.split(command_line("slim", config, []))[2:]
+    line = shlex.split(command_line("slim", config))[2:]
     assert RunConfig(**parsed("slim", line)) == config
 
 

@@ -17,21 +17,11 @@ def widthkit(capfd, monkeypatch):
 def test_a_calibrated_search_trains_by_design_and_resumes_to_the_same_bytes(widthkit, tmp_path):
     out = tmp_path / "run"
     assert widthkit("train", "timm/resnet10t", *TINY, "--epochs", "1", "--out", out).returncode == 0
-    search = [
-        "search",
-        out,
-        "--searcher",
-        "random",
-        "--evaluations",
-        "4",
-        "--calibrate",
-        "2",
-        "--calibrate-epochs",
-        "1",
-    ]
+    options = [f"--searcher-option={option}" for option in ("proposals=random", "evaluations=4", "calibrate=2")]
+    search = ["search", out, "--searcher", "guided", *options, "--trial-epochs", "1"]
     done = widthkit(*search)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("calibration: ") == 2
+    assert done.stderr.count("stand-alone training: ") == 2
     before = (out / "search.json").read_bytes()
     found = json.loads(before)
     assert len(found["trials"]) <= 5
@@ -43,21 +33,25 @@ def test_a_calibrated_search_trains_by_design_and_resumes_to_the_same_bytes(widt
     journal.write_text("".join(lines[:2]))  # killed after the first training
     again = widthkit(*search, "--resume")
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("calibration: ") == 1
+    assert again.stderr.count("stand-alone training: ") == 1
     assert (out / "search.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        (["--score-model", "log-liner"], "did you mean log-linear"),
-        (["--calibrate", "1"], "--calibrate 1"),
-        (["--score-model", "none", "--calibrate", "4"], "needs a score model"),
-        (["--score-model-option", "depth=3"], "has no option 'depth'"),
+        (["model=log-liner"], "did you mean log-linear"),
+        (["calibrate=1"], "calibrate=1: "),
+        (["evaluations=1"], "evaluations=1: "),
+        (["proposals=gredy"], "did you mean greedy"),
+        (['model_options={"depth": 3}'], "has no option 'depth'"),
+        (["depth=3"], "has no option 'depth'"),
     ],
+    ids=str,
 )
 def test_bad_options_are_refused_before_anything_is_trained(widthkit, options, hint, tmp_path):
-    done = widthkit("slim", "timm/resnet10t", *TINY, *options, "--out", tmp_path / "run")
+    given = [f"--searcher-option={option}" for option in options]
+    done = widthkit("slim", "timm/resnet10t", *TINY, "--searcher", "guided", *given, "--out", tmp_path / "run")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert hint in done.stderr

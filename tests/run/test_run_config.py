@@ -11,7 +11,7 @@ from widthkit.run.config import RunConfig, run_options
 from widthkit.run.options_table import options_table
 from widthkit.run.stage_plan import StagePlan
 from widthkit.run.stages import search_in_stages
-from widthkit.search import SEARCHERS
+from widthkit.search import SEARCHERS, Judging
 from widthkit.supernet.strategy import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,8 @@ STAGED = {"stages"}
         (wk.make_supernet, {}, 8),
         (wk.train, {}, 7),
         (wk.load_data, {}, 5),
-        (wk.search, {"memory": "search_memory", "batch_size": ""}, 1),
+        (wk.search, {}, 1),
+        (Judging, {"memory": "search_memory", "batch_size": ""}, 1),
         (search_in_stages, {}, 8),
         (StagePlan, {}, 3),
     ],

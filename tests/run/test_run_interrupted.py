@@ -65,6 +65,9 @@ def test_a_supernet_that_is_half_trained_is_not_exported(tmp_path, capfd, monkey
     assert "has 1 of 2 epochs; finish it with: widthkit train " in said
     with pytest.raises(CheckpointError, match="1 of 2 epochs"):
         load_supernet(built)
+    done = here(capfd, monkeypatch, "search", built.folder.path, "--budget", "0.3x")
+    assert done.returncode == 2
+    assert done.stderr == said  # the training's options, not the search's
     # The line that the refusal names finishes the training.
     line = shlex.split(said.partition("finish it with: ")[2])
     done = here(capfd, monkeypatch, *line[1:])
@@ -81,7 +84,9 @@ def test_every_interruption_of_a_run_is_named_and_finished(tmp_path, capfd, monk
     built = started(tmp_path)
     folder = built.folder.path
     train_supernet(built)
-    assert f"finish it with: widthkit slim --out {folder} --resume" in export_refuses(capfd, monkeypatch, folder)
+    said = export_refuses(capfd, monkeypatch, folder)
+    assert f"finish it with: widthkit slim {CONFIG.model} " in said
+    assert said.endswith(f"--out {folder} --resume\n")
     result = search(built)
     assert "unfinished run" in export_refuses(capfd, monkeypatch, folder)  # the search is done, the trainings are not
     said = here(capfd, monkeypatch, "export", folder).stderr
@@ -103,8 +108,8 @@ def test_an_unfinished_search_is_named(tmp_path, capfd, monkeypatch):
     search(built)
     (folder / "search.json").unlink()  # as if it had been killed before its end
     said = export_refuses(capfd, monkeypatch, folder)
-    assert f"unfinished search; finish it with: widthkit search {folder} --resume" in said
-    assert "--searcher random --searcher-option n=3" in said
+    line = f"widthkit search {folder} --searcher random --searcher-option n=3 --resume"
+    assert f"unfinished search; finish it with: {line}\n" in said
     line = shlex.split(said.partition("finish it with: ")[2])
     assert here(capfd, monkeypatch, *line[1:]).returncode == 0
     done = here(capfd, monkeypatch, "export", folder)

@@ -28,6 +28,7 @@ VALID = [small_batch(20)]
 
 
 def staged(model=None, budget="0.5x", **options):
+    options.setdefault("min_width", 1)
     options.setdefault("training", {"lr": 0.01, "device": "cpu", "progress": False})
     options.setdefault("searching", {"progress": False})
     options.setdefault("supernet", {"graph": small_graph()})
@@ -154,8 +155,8 @@ def test_a_search_in_stages_ends_inside_the_budget_with_widths_that_only_shrink(
 
 
 def test_one_stage_is_an_ordinary_search():
-    found = staged(stages=1, bins=2.0)
-    net = make_supernet(small_net(), "bc", graph=small_graph(), bins=2.0)
+    found = staged(stages=1, bins=2.0, searcher="greedy")
+    net = make_supernet(small_net(), "bc", graph=small_graph(), bins=2.0, min_width=1)
     wk.train(net, TRAIN, 1, lr=0.01, device="cpu", progress=False)
     plain = wk.search(net, VALID, "0.5x", "greedy", loss=F.cross_entropy, progress=False)
     assert found.result.trials == plain.trials
@@ -178,7 +179,7 @@ def test_an_interrupted_search_in_stages_goes_on_to_the_same_result(n, tmp_path)
     assert total >= 9 or n < 9
     interrupted = False
     try:
-        run(out=tmp_path / "cut", searching={**quiet, "on_trial": stop})
+        run(out=tmp_path / "cut", searching={**quiet, "progress": stop})
     except KeyboardInterrupt:
         interrupted = True
     assert interrupted == (n <= total)
@@ -229,7 +230,7 @@ def test_a_stage_that_ends_too_small_leaves_room_for_the_next():
 
     def search(net, budget, stage):
         maxima.append(net.graph.full)
-        result = wk.search(net, VALID, budget, "random", n=6, progress=False, score_model=None)
+        result = wk.search(net, VALID, budget, "random", n=6, progress=False)
         small = net.space.smallest
         return result if stage > 1 else replace(result, widths=small, macs=graph.macs(small))
 

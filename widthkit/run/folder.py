@@ -158,10 +158,11 @@ class RunFolder:
         if done == 0:
             raise CheckpointError(f"{self.path} holds no trained supernet; run widthkit train first")
         if done < config.epochs:
-            command = SEARCH if stage > 1 and self._record()["command"] == TRAIN else self._record()["command"]
+            command = self._record()["command"]
+            searching = stage > 1 and command == TRAIN
             raise CheckpointError(
                 f"the supernet in {self.supernet(stage)} has {done} of {config.epochs} epochs; finish it with: "
-                f"{self._how(command, config)}"
+                f"{self._how(SEARCH, config) if searching else self._how(command, self.config())}"
             )
 
     def check_not_interrupted(self) -> None:
@@ -176,8 +177,9 @@ class RunFolder:
             )
 
     def _how(self, command: str, config: RunConfig) -> str:
-        place = [str(self.path)] if command == SEARCH else ["--out", str(self.path)]
-        return command_line(command, config, [*place, "--resume"])
+        if command == SEARCH:
+            return command_line(command, config, [str(self.path)], ["--resume"])
+        return command_line(command, config, last=["--out", str(self.path), "--resume"])
 
     def _record(self) -> dict[str, Any]:
         if not self.config_file.exists():
