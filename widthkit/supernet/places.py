@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from widthkit.errors import OptionError, PluginError
+from widthkit.errors import Option, OptionError, PluginError
 from widthkit.graph import IntArray
 from widthkit.graph.space import SearchSpace
 from widthkit.supernet.ranking import Scores, rankings
@@ -46,7 +46,7 @@ def unit_orders(space: SearchSpace, strategy: Strategy, scores: Scores) -> dict[
     for choices in space.groups:
         ranking = ranked.get(choices.name)
         if ranking is None or len(ranking) != choices.width:
-            raise OptionError(f"rank= needs {choices.width} scores for group '{choices.name}'")
+            raise OptionError(Option("rank"), f" needs {choices.width} scores for group '{choices.name}'")
         order = np.asarray(strategy.order(ranking, choices))
         capacity = max(strategy.capacity(choices), choices.width)
         fits = order.ndim == 1 and choices.width <= len(order) <= capacity

@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from widthkit.errors import OptionError
+from widthkit.errors import Option, OptionError
 from widthkit.train import parallel
 
 _NOT_SUPPORTED = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
@@ -45,7 +45,9 @@ def join(device: torch.device | None = None) -> torch.device:
         # The launch settled which card is whose.
         return own
     if not parallel.is_alone():
-        raise OptionError(f"device='{device}' does not fit processes launched for {own.type}; leave it out.")
+        raise OptionError(
+            Option("device", str(device)), f" does not fit processes launched for {own.type}; leave it out."
+        )
     return device
 
 
@@ -64,7 +66,9 @@ def _own_device(device: torch.device | None) -> torch.device:
     if index >= torch.accelerator.device_count():
         raise OptionError(
             f"process {index} of this machine has no {kind} device of its own, there are "
-            f"{torch.accelerator.device_count()}; launch fewer processes, or pass device='cpu'."
+            f"{torch.accelerator.device_count()}; launch fewer processes, or pass ",
+            Option("device", "cpu"),
+            ".",
         )
     # Collectives use the current device.
     torch.accelerator.set_device_index(index)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthkit.errors import OptionError
+from widthkit.errors import Option, OptionError
 
 _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,14 +31,15 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "fp16" and device.type == "cpu":
-            raise OptionError("mixed_precision='fp16' cannot be used on a CPU; take 'no' or 'bf16'.")
+            raise OptionError(Option("mixed_precision", name), " cannot be used on a CPU; take 'no' or 'bf16'.")
         self._kind, self._type = device.type, _TYPES.get(name)
         self._scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
         try:
             self.autocast()
         except RuntimeError as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise OptionError(f"mixed_precision='{name}' cannot be used: {reason}. Try 'no' or 'bf16'.") from error
+            text = f" cannot be used: {reason}. Try 'no' or 'bf16'."
+            raise OptionError(Option("mixed_precision", name), text) from error
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the scope for forwards; one that does nothing in full precision."""

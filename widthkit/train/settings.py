@@ -52,9 +52,9 @@ class Settings:
             _above_zero("clip_grad", self.clip_grad)
         if self.warmup_epochs >= self.epochs:
             raise OptionError(f"warmup_epochs={self.warmup_epochs} leaves no epoch of {self.epochs}; lower it.")
-        _known("optimizer", self.optimizer, timm.optim.list_optimizers())
-        _known("schedule", self.schedule, SCHEDULES)
-        _known("mixed_precision", self.mixed_precision, PRECISIONS)
+        _check_name("optimizer", self.optimizer, timm.optim.list_optimizers())
+        _check_name("schedule", self.schedule, SCHEDULES)
+        _check_name("mixed_precision", self.mixed_precision, PRECISIONS)
 
 
 def check_loader(loader: Iterable[Any]) -> None:
@@ -161,7 +161,7 @@ def _above_zero(name: str, value: float) -> None:
         raise OptionError(Option(name), " must be greater than 0.")
 
 
-def _known(name: str, value: str, known: Iterable[str]) -> None:
-    names = list(known)
+def _check_name(name: str, value: str, allowed: Iterable[str]) -> None:
+    names = list(allowed)
     if value not in names:
         raise OptionError("unknown ", Option(name), f" '{value}': {close_matches(str(value), names)}")
