@@ -188,6 +188,26 @@ def test_control_flow_on_values_falls_back_to_a_real_copy():
     assert trace(Branching(), SHAPE).full == {"stem.conv": 6, "mid.conv": 8}
 
 
+class Auxiliary(PlainChain):
+    """Uses some parameters in training mode only, where it needs more than it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = point(8, 4)
+
+    def forward(self, x):
+        if self.training:
+            raise ValueError("training needs targets")
+        return super().forward(x)
+
+
+def test_a_model_that_fails_in_training_mode_is_traced_and_says_so():
+    graph = trace(Auxiliary(), SHAPE)
+    assert graph.full == {"stem.conv": 6, "mid.conv": 8}
+    assert graph.frozen["aux.weight[1]"] == "not used in the traced run"
+    assert any("training mode (ValueError: training needs targets)" in note for note in graph.notes)
+
+
 class Described(nn.Module):
     """Takes one mapping, as detectors and multi-modal models do."""
 

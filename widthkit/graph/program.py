@@ -139,7 +139,7 @@ class Program:
         """
         if batch != self.batch and self.batch_error is not None:
             raise BudgetError(
-                f"this model was traced at batch size {self.batch} and does not run at {2 * self.batch} "
+                f"this model was traced at batch size {self.batch} and does not run alike at {2 * self.batch} "
                 f"({self.batch_error}), so its cost at batch={batch} is not known; trace it with example_inputs of "
                 "that batch size"
             )

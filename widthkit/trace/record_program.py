@@ -32,24 +32,25 @@ def with_program(candidate: Candidate, graph: ChannelGraph) -> ChannelGraph:
     other operators, the graph gets a note instead of a program.
     """
     names = [str(call.func) for call in candidate.recording.calls]
-    errors: list[str] = []
+    batch_error: str | None = None
+    reason = ""
     for doubled in (True, False):
         inputs = double_batch(candidate.inputs) if doubled else candidate.inputs
         try:
             lifetimes = record_lifetimes(candidate.model, inputs, candidate.fake_values)
         except Exception as error:  # a model may raise anything at a batch size that it was not made for
-            errors.append(
-                f"a second run of the model fails ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-            )
-            continue
-        numbers = align(names, lifetimes.names)
-        if numbers is None:
-            errors.append("two runs of the model call different operators")
-            continue
-        forms = affine_forms(candidate.solve(), candidate.units())
-        builder = _Builder(candidate, graph, lifetimes, numbers, forms, None if doubled else errors[0])
-        return dataclasses.replace(graph, program=builder.build())
-    note = f"{errors[-1]}, so memory and latency of its widths are not known"
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            reason = f"a second run of the model fails ({failure})"
+        else:
+            numbers = align(names, lifetimes.names)
+            if numbers is not None:
+                forms = affine_forms(candidate.solve(), candidate.units())
+                builder = _Builder(candidate, graph, lifetimes, numbers, forms, batch_error)
+                return dataclasses.replace(graph, program=builder.build())
+            failure = "it calls different operators there"
+            reason = "two runs of the model call different operators"
+        batch_error = failure
+    note = f"{reason}, so memory and latency of its widths are not known"
     return dataclasses.replace(graph, notes=(*graph.notes, note))
 
 
