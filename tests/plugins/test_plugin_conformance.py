@@ -31,7 +31,7 @@ class TestGreedy(SearcherConformance):
 
 
 class TestRandom(SearcherConformance):
-    @pytest.fixture(params=[{"n": 10}, {"n": 7, "band": 0.0}], ids=str)
+    @pytest.fixture(params=[{"n": 10}, {"n": 7, "near_budget": 0.0}], ids=str)
     def make_searcher(self, request):
         return partial(RandomSearcher, **request.param)
 

@@ -147,7 +147,7 @@ def two_layers(strategy, **options):
     ).double()
     nn.init.uniform_(model[1].weight, 0.5, 1.5)
     nn.init.uniform_(model[1].bias, -0.5, 0.5)
-    return make_supernet(model, strategy, example_inputs=batch()[0], k=4, min_width=1, **options)
+    return make_supernet(model, strategy, example_inputs=batch()[0], **{"k": 4, "min_width": 1, **options})
 
 
 def drawn(net, seed, n):
