@@ -82,6 +82,7 @@ class GuidedSearcher(Searcher):
         self.calibrate = calibrate
         self._proposer = proposals, dict(proposals_options or {}), {"unit_scores": unit_scores, "history": history}
         self._seed = int(rng.integers(2**31))
+        self._make_proposer()  # Its name and options are refused before anything is judged.
         self.evaluations = evaluations or self._as_many_as_the_proposer()
         self._seen: list[WidthVector] = []
         self._scores: list[float] = []
