@@ -120,7 +120,9 @@ def test_held_out_data_that_is_not(loader):
         Evaluator(build(), loader, F.cross_entropy)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -3}, {"memory": "lots"}, {"memory": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"batch_size": -3}, {"memory": "lots"}, {"memory": -1}], ids=str
+)
 def test_options_of_judging_that_make_no_sense(options):
     (name, value), *_ = options.items()
     with pytest.raises(OptionError, match=f"{name}={value!r}"):

@@ -237,7 +237,9 @@ def test_the_search_hands_the_history_to_searchers_that_want_it():
     budget = parse_budget("0.5x", net.graph)
     first = {}
     for pips in (True, False):
-        engine = make_searcher("evolution", Resources(net), budget, np.random.default_rng(0), {"population": 8, "pips": pips})
+        engine = make_searcher(
+            "evolution", Resources(net), budget, np.random.default_rng(0), {"population": 8, "pips": pips}
+        )
         first[pips] = engine.ask()
     assert first[True] != first[False]
     greedy = make_searcher("greedy", Resources(net), budget, np.random.default_rng(0), {})

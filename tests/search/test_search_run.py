@@ -204,7 +204,19 @@ def changed_weights():
         (lambda: build(UniversallyAligned()), {}),
         (lambda: build(min_width=3), {}),
     ],
-    ids=["budget", "seed", "searcher", "less data", "order", "batch size", "mode", "loss", "weights", "strategy", "space"],
+    ids=[
+        "budget",
+        "seed",
+        "searcher",
+        "less data",
+        "order",
+        "batch size",
+        "mode",
+        "loss",
+        "weights",
+        "strategy",
+        "space",
+    ],
 )
 def test_a_journal_of_another_search_is_refused(net, options, tmp_path):
     quiet(build(), out=tmp_path)

@@ -281,7 +281,9 @@ def test_a_budget_above_everything_draws_the_widest():
     assert draws[0] == space.largest
 
 
-@pytest.mark.parametrize("options", [{"n": 0}, {"n": -1}, {"near_budget": -0.1}, {"near_budget": 1.0}, {"near_budget": math.nan}])
+@pytest.mark.parametrize(
+    "options", [{"n": 0}, {"n": -1}, {"near_budget": -0.1}, {"near_budget": 1.0}, {"near_budget": math.nan}]
+)
 def test_options_of_random_that_make_no_sense(options):
     with pytest.raises(OptionError, match=r"n=|near_budget="):
         RandomSearcher(uniform_space(graph(), 4), parse_budget("0.5x", graph()), np.random.default_rng(0), **options)

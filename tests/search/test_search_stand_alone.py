@@ -25,7 +25,12 @@ class Mixed(Searcher):
         super().__init__(space, budget, rng)
         inside = [w for w in (space.sample(rng) for _ in range(100)) if budget.fits(space.graph, w)]
         distinct = list({json.dumps(w): w for w in inside}.values())
-        self.rounds = [distinct[:2], StandAlone(distinct[:2]), [space.largest, *distinct[2:4]], StandAlone(distinct[1:4])]
+        self.rounds = [
+            distinct[:2],
+            StandAlone(distinct[:2]),
+            [space.largest, *distinct[2:4]],
+            StandAlone(distinct[1:4]),
+        ]
         self.pick, self.declared, self.heard = pick, declared, []
 
     def ask(self):
@@ -90,8 +95,6 @@ def test_trainings_are_told_like_scores_and_are_no_trials():
     assert sorted(map(repr, runs.networks)) == sorted(map(repr, asked[0] + asked[2]))
     assert result.settings["trained"] == [[w, accuracy(w)] for w in asked[1] + asked[3]]
     assert all(t.score == -t.loss for t in result.trials)
-
-
 
 
 def test_the_choice_of_the_searcher_is_the_result(tmp_path):

@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from torch import nn
 from runs import let_diverge, stop_after
+from torch import nn
 from widthkit_plugins.searchers.greedy import GreedySearcher
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
@@ -89,7 +89,7 @@ def test_nothing_is_proven_about_costs_that_are_no_polynomials():
     assert (odd.widths, odd.proven) == ({"0": 8}, False)
 
 
-# --- topping up ----------------------------------------------------------------------------------------------------------
+# --- topping up ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 6])
