@@ -1,9 +1,14 @@
 """Who may import whom: the picture in docs/architecture.md, checked on the syntax trees."""
 
 import ast
+import doctest
 from pathlib import Path
 
 import pytest
+
+from widthkit.search.score_model import SCORE_MODELS
+from widthkit.search.searcher import SEARCHERS
+from widthkit.supernet.strategy import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
@@ -24,7 +29,15 @@ ORDER = [
 ]
 """A file imports from its own folder and from the rows above."""
 RANK = {name: row for row, names in enumerate(ORDER) for name in names}
-PLUGIN_NAMES = ["strategies", "searchers", "score_models"]
+DISTRIBUTION = "widthkit"
+OTHER_MEANINGS = {
+    "trace/rules/pointwise.py": {"random", "uniform"},  # names of PyTorch's operators
+    "report/run.py": {"uniform"},  # the row of the network that one multiplier gives, as in result.json
+    "run/final.py": {"uniform"},
+    "bench/latency.py": {"uniform"},
+    "bench/networks.py": {"uniform"},
+}
+"""Words that a file uses in another sense than as the name of a plug-in."""
 
 
 def sources(folder):
@@ -103,3 +116,69 @@ def test_what_is_installed_imports_no_benchmark(path):
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     assert not {name.split(".")[0] for name in names} & {"benchmarks", "tests"}
+
+
+# --- the core names no plug-in ----------------------------------------------------------------------------------------
+
+
+def plugin_names():
+    """The names of the strategies, searchers and score models of this distribution."""
+    infos = [info for registry in (STRATEGIES, SEARCHERS, SCORE_MODELS) for info in registry.infos()]
+    return {info.name for info in infos if info.distribution == DISTRIBUTION}
+
+
+def docstrings(tree):
+    """Yield the nodes that document something: a string that stands alone."""
+    return [n.value for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Name):
+            yield node.id
+
+
+def named_plugins(tree, names):
+    """List where a file names a plug-in: ``line: what``."""
+    documents = docstrings(tree)
+    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    found = [f"{n.lineno}: {n.value!r}" for n in texts if n.value in names and not any(n is d for d in documents)]
+    modules = [*imported(tree), *(n.value for n in texts if not any(n is d for d in documents))]
+    found += [name for name in modules if name.split(".")[0] == "widthkit_plugins"]
+    for text in (d.value for d in documents if isinstance(d.value, str)):
+        for example in doctest.DocTestParser().get_examples(text):
+            found += [f"doctest: {name}" for name in imported(ast.parse(example.source)) if "widthkit_plugins" in name]
+    return found
+
+
+def test_names_of_plugins_are_found():
+    """The search below sees defaults, comparisons, arguments, imports and examples, and no docstring."""
+    names = plugin_names()
+    assert {STRATEGIES.default, SEARCHERS.default, SCORE_MODELS.default} <= names
+    (name,) = sorted(names)[:1]
+    seen = [
+        f"DEFAULT = {name!r}",
+        f"def f(x={name!r}): pass",
+        f"if kind == {name!r}: pass",
+        f"f({{'a': [{name!r}]}})",
+        "from widthkit_plugins.searchers import x",
+        "import widthkit_plugins.strategies as s",
+        "def f():\n    import widthkit_plugins",
+        "import_module('widthkit_plugins.searchers')",
+        'def f():\n    """Do.\n\n    >>> from widthkit_plugins import x\n    """',
+    ]
+    for code in seen:
+        assert named_plugins(ast.parse(code), names), code
+    for code in (f"def f():\n    {name!r}", "x = 'other'", "from widthkit.search import search"):
+        assert not named_plugins(ast.parse(code), names), code
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=str)
+def test_the_package_names_no_plugin(path):
+    relative = path.relative_to(ROOT / "widthkit").as_posix()
+    found = named_plugins(PACKAGE[path], plugin_names() - OTHER_MEANINGS.get(relative, set()))
+    assert found == []

@@ -22,7 +22,7 @@ class RandomSearcher(Searcher):
     """Random widths that use almost all of the budget.
 
     Uniform draws are nearly always far below or above a budget. A draw here starts from random genes and moves random
-    groups a step up or down until it lies in the near_budget, so that hardly any draw is thrown away.
+    groups a step up or down until it is near the budget, so that hardly any draw is thrown away.
 
     Args:
         space: The widths to choose from.

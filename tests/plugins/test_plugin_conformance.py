@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 from widthkit_plugins.searchers.greedy import GreedySearcher
+from widthkit_plugins.searchers.guided.searcher import GuidedSearcher
 from widthkit_plugins.searchers.random_search import RandomSearcher
 from widthkit_plugins.searchers.uniform import UniformSearcher
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
@@ -40,3 +41,17 @@ class TestUniform(SearcherConformance):
     @pytest.fixture
     def make_searcher(self):
         return UniformSearcher
+
+
+class TestGuided(SearcherConformance):
+    @pytest.fixture(
+        params=[
+            {},
+            {"evaluations": 6, "proposals": "random", "proposals_options": {"n": 5}},
+            {"evaluations": 4, "calibrate": 3},
+            {"evaluations": 5, "model_options": {"interactions": False}},
+        ],
+        ids=str,
+    )
+    def make_searcher(self, request):
+        return partial(GuidedSearcher, **request.param)

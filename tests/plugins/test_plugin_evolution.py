@@ -88,7 +88,7 @@ def test_later_generations_are_better_than_the_first():
     assert np.median(gains) > 0
 
 
-@pytest.mark.parametrize("options", [{"population": 1}, {"generations": 0}, {"band": 1.0}])
+@pytest.mark.parametrize("options", [{"population": 1}, {"generations": 0}, {"near_budget": 1.0}])
 def test_senseless_options_are_refused(options):
     space = four_groups()
     with pytest.raises(OptionError):

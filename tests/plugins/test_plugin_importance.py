@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from widthkit.search.build import make_searcher
 from widthkit_plugins.searchers.importance import ImportanceSearcher, prune
 
 from widthkit.budget import parse_budget
 from widthkit.errors import OptionError
 from widthkit.graph.space import uniform_space
 from widthkit.search import SEARCHERS, search
+from widthkit.search.resources import Resources, make_searcher
 from widthkit.supernet import make_supernet
 from widthkit.supernet.ranking import unit_scores
 from widthkit.testing import SearcherConformance, small_batch, small_graph, small_net
@@ -33,7 +33,7 @@ class TestImportanceWithScores(SearcherConformance):
             rng = np.random.default_rng(0)
             return {name: rng.random(2 * width) for name, width in small_graph().full.items()}
 
-        return partial(ImportanceSearcher, importance=scores)
+        return partial(ImportanceSearcher, unit_scores=scores)
 
 
 def space():
@@ -94,7 +94,7 @@ def test_a_given_value_goes_before_a_provided_one():
         calls.append(criterion)
         return {n: np.ones(w) for n, w in net.graph.full.items()}
 
-    search(net, LOADER, "0.5x", "importance", loss=F.cross_entropy, importance=mine, progress=False)
+    search(net, LOADER, "0.5x", "importance", loss=F.cross_entropy, unit_scores=mine, progress=False)
     assert calls == ["magnitude"]
 
 
@@ -102,7 +102,7 @@ def test_searchers_that_ask_for_nothing_get_nothing():
     net = make_supernet(small_net(), "ua", graph=small_graph(), k=4)
     limit = parse_budget("0.5x", net.graph)
     for name in SEARCHERS.names():
-        assert make_searcher(name, net, limit, np.random.default_rng(0), {}).space is net.space
+        assert make_searcher(name, Resources(net), limit, np.random.default_rng(0), {}).space is net.space
 
 
 def test_an_unknown_criterion_is_refused_before_anything_runs():

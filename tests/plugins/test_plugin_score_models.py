@@ -5,12 +5,10 @@ import pytest
 from scipy.optimize import approx_fprime, minimize
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import Ridge
-from widthkit_plugins.score_models.gaussian_process import GaussianProcessModel
 from widthkit_plugins.score_models.log_linear.evidence import Evidence, Layout, Source, constrain
 from widthkit_plugins.score_models.log_linear.features import Features
 from widthkit_plugins.score_models.log_linear.model import LogLinearModel
 
-from widthkit.errors import OptionError
 from widthkit.search.score_model import Observations
 from widthkit.testing import ScoreModelConformance, build_space, small_graph
 from widthkit.testing.score_models import draw, planted
@@ -26,12 +24,6 @@ class TestLogLinearWithoutInteractions(ScoreModelConformance):
     @pytest.fixture
     def make_model(self):
         return lambda space: LogLinearModel(space, interactions=False)
-
-
-class TestGaussianProcess(ScoreModelConformance):
-    @pytest.fixture
-    def make_model(self):
-        return GaussianProcessModel
 
 
 @pytest.fixture
@@ -153,12 +145,3 @@ def test_elasticity_is_the_regression_of_log_macs(space):
     y = np.log(space.graph.macs(grid))
     slopes = np.linalg.lstsq(np.c_[np.ones(len(x)), x], y, rcond=None)[0][1:]
     np.testing.assert_allclose(features.elasticity, slopes / np.linalg.norm(slopes), atol=0.1)
-
-
-def test_a_gaussian_process_sees_at_most_so_many_points(space):
-    with pytest.raises(OptionError, match="max_points=1"):
-        GaussianProcessModel(space, max_points=1)
-    widths = draw(space, 50)
-    model = GaussianProcessModel(space, max_points=20)
-    model.fit(Observations(widths, planted(space, widths)))
-    assert len(model._scores._regressor.X_train_) == 20

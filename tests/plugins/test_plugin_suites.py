@@ -171,6 +171,13 @@ class Elsewhere(GreedySearcher):
         return {**self.space.smallest, self.space.names[0]: self.space.groups[0].widest}
 
 
+class ChoosesTheWidest(GreedySearcher):
+    """Judged, but outside the budget."""
+
+    def choice(self):
+        return self.space.largest
+
+
 class Unseeded(RandomSearcher):
     def __init__(self, space, budget, rng):
         super().__init__(space, budget, np.random.default_rng(), n=10, near_budget=0.0)
@@ -232,6 +239,7 @@ class Percent(GreedySearcher):
 SEARCHERS = {
     "replay": (Second, "test_told_scores_again_it_goes_on_identically", ()),
     "choice": (Elsewhere, "test_its_choice_was_judged", ()),
+    "choice outside": (ChoosesTheWidest, "test_its_choice_was_judged", ()),
     "seed": (Unseeded, "test_the_seed_determines_the_search", ()),
     "endless": (Endless, "test_the_seed_determines_the_search", ()),
     "range": (Wide, "test_proposals_name_every_group_with_a_width_in_range", ("plain",)),

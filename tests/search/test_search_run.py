@@ -296,16 +296,8 @@ class Stubborn(Searcher):
         return self.told / 3
 
 
-@pytest.fixture
-def stubborn():
-    """Registered under its name; the registry forgets it afterwards."""
-    SEARCHERS.register("stubborn")(Stubborn)
-    yield
-    del SEARCHERS._items["stubborn"], SEARCHERS._owner["stubborn"]
-
-
-@pytest.mark.usefixtures("stubborn")
-def test_a_searcher_that_proposes_nothing_inside_the_budget():
+def test_a_searcher_that_proposes_nothing_inside_the_budget(add_searcher):
+    add_searcher("stubborn", Stubborn)
     net = build()
     runs = Runs(net)
     with pytest.raises(BudgetError, match=r"no judged network was inside the budget 0.5x; the searcher proposed 3"):

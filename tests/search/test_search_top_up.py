@@ -89,7 +89,7 @@ def test_nothing_is_proven_about_costs_that_are_no_polynomials():
     assert (odd.widths, odd.proven) == ({"0": 8}, False)
 
 
-# --- topping up -----------------------------------------------------------------------------------------------------
+# --- topping up ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 6])

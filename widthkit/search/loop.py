@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from widthkit.errors import PluginError
 from widthkit.graph import ChannelGraph
 from widthkit.search.journal import Journal
 from widthkit.search.judging import Judgement
@@ -44,6 +45,9 @@ class Loop:
 
         Returns:
             Every trial inside the supernet, in order.
+
+        Raises:
+            PluginError: If the searcher asks for trainings, which it did not announce, and nobody trains.
         """
         trials: list[Trial] = []
         shown = 0
@@ -52,6 +56,9 @@ class Loop:
             if not asked:
                 break
             inside = not isinstance(asked, StandAlone)
+            if not inside and self.train is None:
+                name = type(searcher).__name__
+                raise PluginError(f"{name} asks for stand-alone trainings, but its 'trainings' is {searcher.trainings}")
             vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
             for trial in self._judged(vectors, inside):
                 shown += inside
@@ -75,7 +82,7 @@ class Loop:
         yield from (self.trial(w, self.judged[key]) for key, w in zip(keys, vectors, strict=True) if key in self.judged)
         new = {key: w for key, w in zip(keys, vectors, strict=True) if key not in self.judged}
         judge = self.judge if inside else self.train
-        assert judge is not None, "searchers that ask for trainings are refused before the search where nobody trains"
+        assert judge is not None
         for place, judgement in judge(list(new.values())) if new else ():
             key = list(new)[place]
             self.judged[key] = judgement

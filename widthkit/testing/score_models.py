@@ -34,11 +34,10 @@ class ScoreModelConformance:
 
     The fixture returns a callable ``space -> ScoreModel``; a class whose options all have defaults is one already.
 
-    >>> class TestLogLinear(ScoreModelConformance):
+    >>> class TestDefault(ScoreModelConformance):
     ...     @pytest.fixture
     ...     def make_model(self):
-    ...         from widthkit_plugins.score_models.log_linear.model import LogLinearModel
-    ...         return LogLinearModel
+    ...         return SCORE_MODELS.get(SCORE_MODELS.default)
     """
 
     @pytest.fixture

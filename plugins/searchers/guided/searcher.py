@@ -11,7 +11,7 @@ from widthkit_plugins.searchers.guided.acquisition import CURVES, acquisition_ba
 from widthkit_plugins.searchers.guided.design import candidates, d_optimal, design_columns
 
 from widthkit.budget import Budget
-from widthkit.errors import ModelError, OptionError
+from widthkit.errors import OptionError
 from widthkit.graph import IntArray
 from widthkit.graph.space import SearchSpace
 from widthkit.search.genes import named, usage_of
@@ -82,6 +82,7 @@ class GuidedSearcher(Searcher):
         self.calibrate = calibrate
         self._proposer = proposals, dict(proposals_options or {}), {"unit_scores": unit_scores, "history": history}
         self._seed = int(rng.integers(2**31))
+        self._make_proposer()  # Its name and options are refused before anything is judged.
         self.evaluations = evaluations or self._as_many_as_the_proposer()
         self._seen: list[WidthVector] = []
         self._scores: list[float] = []
@@ -140,17 +141,24 @@ class GuidedSearcher(Searcher):
         yield named(self.space, pool[first])
         batch = max(1, math.ceil((self.evaluations - len(first)) / _ROUNDS))
         while len(self._seen) < self.evaluations:
-            self._fit()
-            new = self._new(np.concatenate([ask_model(self._make_proposer(), self.model, self.budget, 1.0), pool]))
-            if not len(new):
+            rows = self._next(pool, min(batch, self.evaluations - len(self._seen)))
+            if not len(rows):
                 break
-            n = min(batch, self.evaluations - len(self._seen))
-            yield named(self.space, acquisition_batch(self.model, self.space, new, self._seen_widths(), n, self.rng))
-        yield from self._choose()
+            yield named(self.space, rows)
+        if self._fit():
+            yield from self._choose()
+
+    def _next(self, pool: IntArray, n: int) -> IntArray:
+        """Return ``[<= n, groups]``: what the model wants to know; where every score diverged, more of a design."""
+        if self._fit():
+            new = self._new(np.concatenate([ask_model(self._make_proposer(), self.model, self.budget, 1.0), pool]))
+            return acquisition_batch(self.model, self.space, new, self._seen_widths(), n, self.rng) if len(new) else new
+        new = self._new(pool)
+        seen = design_columns(self.space, self._seen_widths(), CURVES)
+        return np.asarray(new[d_optimal(design_columns(self.space, new, CURVES), n, self.rng, seen)])
 
     def _choose(self) -> Steps:
         """Judge what the model expects most of, until a network has a finite score: that one is chosen."""
-        self._fit()
         for row in self._finalists():
             widths = named(self.space, row[None])[0]
             if widths not in self._seen:
@@ -160,7 +168,6 @@ class GuidedSearcher(Searcher):
                 self._choice = widths
                 self._prediction = {"mean": float(told.mean[0]), "std": float(told.std[0])}
                 return
-        raise ModelError("none of the networks that the score model prefers has a finite score")
 
     def _finalists(self) -> IntArray:
         """Return ``[n, groups]``: proposed or judged, those near the budget first, the most promising ones first."""
@@ -176,7 +183,8 @@ class GuidedSearcher(Searcher):
         near = usage_of(self.space, self.budget, pool) > NEAR
         return np.asarray(pool[np.lexsort((-self.model.predict(pool).mean, ~near))])
 
-    def _fit(self) -> None:
+    def _fit(self) -> bool:
+        """Fit the model; ``False`` where no score is finite."""
         scores = Observations(self._seen_widths(), np.array(self._scores))
         given = [list(widths.values()) for widths, _ in self._calibrations]
         real = Observations(
@@ -184,11 +192,9 @@ class GuidedSearcher(Searcher):
             np.array([accuracy for _, accuracy in self._calibrations]),
         )
         if not len(scores):
-            raise ModelError(
-                f"none of the {len(self._seen)} networks inside the budget has a finite loss; the supernet diverged "
-                "or the held-out data holds NaN"
-            )
+            return False
         self.model.fit(scores, real if len(real) else None)
+        return True
 
     def _make_proposer(self) -> Searcher:
         """Build the proposing searcher afresh, every time in the same state."""

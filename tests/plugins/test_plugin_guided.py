@@ -1,33 +1,27 @@
-"""Searches that a score model guides: decisions, calibration, resuming; and the figures on real data."""
+"""Guided search: designs, decisions, calibration, resuming."""
 
 import json
 import math
-import os
-from pathlib import Path
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from scipy.stats import kendalltau
+from runs import Runs, let_diverge
 from torch import nn
-from widthkit.search.acquire import acquire, ask_model, climb, expected_improvement
-from widthkit.search.design import candidates, d_optimal, design_columns
+from widthkit_plugins.searchers.guided.acquisition import acquisition_batch, ask_model, climb, expected_improvement
+from widthkit_plugins.searchers.guided.design import candidates, d_optimal, design_columns
 from widthkit_plugins.strategies.bc import BilaterallyCoupled
 
-from benchmarks import channel_bench
-from benchmarks.score_model import Benchmark, denoised
 from widthkit.budget import parse_budget
-from widthkit.errors import CheckpointError, DataError, ModelError, OptionError, PluginError, WidthsError
+from widthkit.errors import CheckpointError, ModelError, OptionError, PluginError, WidthsError
 from widthkit.graph.space import uniform_space
-from widthkit.search import SearchResult, search
-from widthkit.search.evaluator import Evaluator, Judgement
+from widthkit.search import SEARCHERS, SearchResult, search
 from widthkit.search.score_model import SCORE_MODELS, Observations, Prediction, ScoreModel
-from widthkit.search.searcher import SEARCHERS
 from widthkit.supernet import make_supernet
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace
 
-DATA = Path(os.environ.get("WIDTHKIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 LOADER = [small_batch(seed) for seed in range(2)]
 
 
@@ -35,28 +29,15 @@ def build(k=4):
     return make_supernet(small_net(), BilaterallyCoupled(), graph=small_graph(), k=k)
 
 
-def guided(net=None, budget="0.5x", searcher="greedy", **options):
-    settings = {"score_model": "log-linear", "evaluations": 12, "progress": False, "loss": F.cross_entropy}
-    return search(net or build(), LOADER, budget, searcher, **{**settings, **options})
+def guided(net=None, budget="0.5x", **options):
+    settings = {"evaluations": 12, "progress": False, "loss": F.cross_entropy}
+    return search(net or build(), LOADER, budget, "guided", **{**settings, **options})
 
 
 def accuracy(widths):
     """A stand-alone accuracy that is linear in the log widths."""
     full = small_graph().full
     return 0.9 + sum((i + 1) * math.log(w / full[n]) for i, (n, w) in enumerate(widths.items())) / 30
-
-
-@pytest.fixture
-def judged(monkeypatch):
-    seen = []
-    original = Evaluator.__call__
-
-    def call(self, widths):
-        seen.append(dict(widths))
-        return original(self, widths)
-
-    monkeypatch.setattr(Evaluator, "__call__", call)
-    return seen
 
 
 # --- designs ----------------------------------------------------------------------------------------------------------
@@ -67,8 +48,6 @@ def determinant(columns):
 
 
 def test_a_design_is_as_good_as_brute_force():
-    from itertools import combinations
-
     rng = np.random.default_rng(0)
     columns = np.concatenate([np.ones((12, 1)), rng.standard_normal((12, 2))], axis=1)
     best = max(determinant(columns[list(c)]) for c in combinations(range(12), 5))
@@ -132,7 +111,7 @@ def test_new_evaluations_are_promising_and_new():
     pool = candidates(space, budget, np.random.default_rng(0), 10_000)
     model = Known(space)
     order = np.argsort(-model.predict(pool).mean)
-    batch = acquire(model, space, pool[order[3:]], pool[order[:3]], 4, np.random.default_rng(0))
+    batch = acquisition_batch(model, space, pool[order[3:]], pool[order[:3]], 4, np.random.default_rng(0))
     ranks = [int(np.flatnonzero((pool[order] == w).all(1))[0]) for w in batch]
     assert len(set(ranks)) == 4
     assert min(ranks) >= 3
@@ -166,19 +145,20 @@ def test_a_searcher_runs_on_predictions():
 # --- whole searches ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["log-linear", "gp"])
-@pytest.mark.parametrize("searcher", ["greedy", "random"])
-def test_a_guided_search_judges_what_it_may_and_stays_inside_the_budget(searcher, model, judged):
+@pytest.mark.parametrize("model", [None, "log-linear"])
+@pytest.mark.parametrize("proposals", ["greedy", "random", "evolution", "uniform"])
+def test_a_guided_search_judges_what_it_may_and_stays_inside_the_budget(proposals, model):
     net = build()
-    result = guided(net, searcher=searcher, score_model=model)
+    runs = Runs(net)
+    result = guided(net, proposals=proposals, model=model)
     budget = parse_budget("0.5x", net.graph)
     assert budget.fits(net.graph, result.widths)
-    assert len(judged) == len(result.trials) <= 13
-    assert len({json.dumps(w) for w in judged}) == len(judged)
+    assert len(runs.networks) == len(result.trials) <= 13
+    assert len({json.dumps(w) for w in runs.networks}) == len(runs.networks)
     assert all(budget.fits(net.graph, t.widths) for t in result.trials)
     assert result.widths in [t.widths for t in result.trials]
     assert math.isfinite(result.settings["prediction"]["mean"])
-    assert result.settings["score_model"] == model
+    assert result.settings["options"]["model"] == model
 
 
 def test_calibration_decides_and_is_kept(tmp_path):
@@ -200,63 +180,88 @@ def test_calibration_decides_and_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9, 15])
-def test_an_interrupted_guided_search_goes_on_to_the_same_bytes(stop, tmp_path, judged):
+def test_an_interrupted_guided_search_goes_on_to_the_same_bytes(stop, tmp_path):
     """Counted over trainings and judgements together; nothing is done twice."""
-    done = []
+    net, trained = build(), []
+    runs = Runs(net)
+
+    def done():
+        return len(trained) + len(runs.networks)
 
     def until(limit):
         def train(widths):
-            if len(done) == limit:
+            if done() == limit:
                 raise KeyboardInterrupt
-            done.append(("train", json.dumps(widths)))
+            trained.append(json.dumps(widths))
             return accuracy(widths)
 
         return train
 
-    guided(out=tmp_path / "whole", calibrate=4, train_fn=until(math.inf))
-    total = len(done) + len(judged)
-    done.clear(), judged.clear()
-
     def watch(trial, progress):
-        if len(judged) + len(done) >= stop:
+        if done() >= stop:
             raise KeyboardInterrupt
 
+    guided(net, out=tmp_path / "whole", calibrate=4, train_fn=until(math.inf))
+    total = done()
+    trained.clear(), runs.clear()
     with pytest.raises(KeyboardInterrupt):
-        guided(out=tmp_path / "cut", calibrate=4, train_fn=until(stop), on_trial=watch)
-    guided(out=tmp_path / "cut", calibrate=4, train_fn=until(math.inf), resume=True)
-    assert (tmp_path / "cut" / "search.json").read_bytes() == (tmp_path / "whole" / "search.json").read_bytes()
-    journals = [(tmp_path / name / "search-journal.jsonl").read_bytes() for name in ("cut", "whole")]
-    assert sorted(journals[0].splitlines()) == sorted(journals[1].splitlines())
-    assert len(done) + len(judged) == total
+        guided(net, out=tmp_path / "cut", calibrate=4, train_fn=until(stop), progress=watch)
+    assert stop <= done() <= stop + 1
+    guided(net, out=tmp_path / "cut", calibrate=4, train_fn=until(math.inf), resume=True)
+    for name in ("search.json", "search-journal.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert done() == total
 
 
-def test_a_journal_knows_its_score_model(tmp_path):
+def test_a_journal_knows_its_options(tmp_path):
     guided(out=tmp_path)
-    for other in ({"score_model": None}, {"evaluations": 11}, {"score_model": "gp"}):
+    for other in ({"evaluations": 11}, {"model_options": {"interactions": False}}, {"proposals": "random"}):
         with pytest.raises(CheckpointError, match="belongs to another search"):
             guided(out=tmp_path, resume=True, **other)
 
 
-def test_networks_that_diverge_are_not_chosen(monkeypatch):
+def test_networks_that_diverge_are_not_chosen():
     first = small_graph().group_names[0]
-    original = Evaluator.__call__
-
-    def call(self, widths):
-        return Judgement(math.nan, math.nan, None) if widths[first] < 6 else original(self, widths)
-
-    monkeypatch.setattr(Evaluator, "__call__", call)
-    assert guided(budget="0.7x").widths[first] >= 6
-    monkeypatch.setattr(Evaluator, "__call__", lambda self, widths: Judgement(math.nan, math.nan, None))
+    assert guided(let_diverge(build(), lambda widths: widths[first] < 6), "0.7x").widths[first] >= 6
     with pytest.raises(ModelError, match="has a finite loss"):
-        guided()
+        guided(let_diverge(build(), lambda widths: True))
 
 
-def test_by_default_a_model_guides_searchers_that_compare(judged):
-    result = search(build(), LOADER, "0.5x", "random", loss=F.cross_entropy, progress=False, n=5)
+def test_where_the_first_design_diverges_the_rest_of_the_evaluations_decide():
+    """Only one network of the space is finite, so that no model could be fitted after most rounds."""
+    net = build()
+    one = [w for w in _inside(net, "0.5x") if w["top.0"] == 3][-1]
+    result = guided(let_diverge(net, lambda widths: widths != one), evaluations=100)
+    assert result.widths == one
+
+
+def _inside(net, text):
+    budget = parse_budget(text, net.graph)
+    pool = candidates(net.space, budget, np.random.default_rng(0), 10_000)
+    return [dict(zip(net.space.names, w, strict=True)) for w in pool.tolist()]
+
+
+def test_by_default_it_judges_as_many_as_the_proposing_searcher_would():
+    net = build()
+    runs = Runs(net)
+    result = search(
+        net, LOADER, "0.5x", loss=F.cross_entropy, progress=False, proposals="random", proposals_options={"n": 5}
+    )
     assert "prediction" in result.settings
-    assert len(judged) <= 6  # as many as asked for, and the chosen one
-    assert "prediction" not in guided(searcher="uniform", score_model="auto").settings
-    assert "prediction" not in guided(score_model=None).settings
+    assert len(runs.networks) <= 6  # as many as asked for, and the chosen one
+
+
+def test_importance_and_history_reach_the_proposing_searcher():
+    """What the search offers to searchers, it offers to this one too."""
+    net = build()
+    calls = []
+
+    def mine(criterion):
+        calls.append(criterion)
+        return {name: np.ones(width) for name, width in net.graph.full.items()}
+
+    guided(net, proposals="importance", proposals_options={"criterion": "lamp"}, unit_scores=mine)
+    assert set(calls) == {"lamp"}
 
 
 def test_a_whole_space_can_be_judged():
@@ -267,74 +272,27 @@ def test_a_whole_space_can_be_judged():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"score_model": "log-liner"}, PluginError, "unknown score model 'log-liner': did you mean log-linear"),
+        ({"model": "log-liner"}, PluginError, "unknown score model 'log-liner': did you mean log-linear"),
+        ({"proposals": "gredy"}, PluginError, "unknown searcher 'gredy': did you mean greedy"),
+        ({"proposals": "guided"}, OptionError, "a guided search cannot guide itself"),
         ({"evaluations": 1}, OptionError, "evaluations=1"),
-        ({"calibrate": 4}, OptionError, "needs train_fn"),
+        ({"calibrate": 4}, OptionError, "'guided' wants 4 networks trained on their own; pass train_fn"),
         ({"calibrate": 1, "train_fn": accuracy}, OptionError, "calibrate=1"),
-        ({"calibrate": 4, "train_fn": accuracy, "score_model": None}, OptionError, "needs a score model"),
-        ({"score_model_options": {"x": 1}}, OptionError, "'log-linear' has no option 'x'; its options are"),
+        ({"calibrate": -2, "train_fn": accuracy}, OptionError, "calibrate=-2"),
+        ({"model_options": {"x": 1}}, OptionError, "'log-linear' has no option 'x'; its options are"),
+        ({"proposals_options": {"x": 1}}, OptionError, "'greedy' has no option 'x'; it has none"),
+        ({"score_model": "log-linear"}, OptionError, "'guided' has no option 'score_model'; its options are: model,"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_before_anything_is_judged(options, error, message, judged):
+def test_options_that_do_not_fit_are_refused_before_anything_is_judged(options, error, message):
+    net = build()
+    runs = Runs(net)
     with pytest.raises(error, match=message):
-        guided(**options)
-    assert judged == []
+        guided(net, **options)
+    assert runs.widths == []
 
 
 def test_observations_check_their_shapes():
     with pytest.raises(WidthsError, match="observations"):
         Observations(np.zeros((3, 2)), np.zeros(2))
-    assert {"log-linear", "gp"} <= set(SCORE_MODELS.names())
-
-
-# --- Channel-Bench-Macro ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "narrow"), [("MobileNet", 14_285_312), ("ResNet", None)])
-def test_the_networks_of_channel_bench_have_their_widths(name, narrow):
-    """The README's table of maximal widths, and the smallest network's multiply-adds by hand."""
-    widest = {"MobileNet": [128, 768, 768, 768, 256, 1536, 1024], "ResNet": [256, 256, 256, 512, 512, 512, 512]}
-    space = uniform_space(trace(channel_bench.NETWORKS[name](), (1, 3, 32, 32)), 4)
-    assert [g.widest for g in space.groups] == widest[name]
-    assert all(g.options == tuple(g.widest * i // 4 for i in (1, 2, 3, 4)) for g in space.groups)
-    if narrow:
-        assert space.graph.macs(space.smallest) == narrow
-
-
-def test_damaged_tables_are_refused(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
-        channel_bench.load(tmp_path)
-    with pytest.raises(DataError, match="unknown space"):
-        channel_bench.load(tmp_path, "VGG")
-    file = tmp_path / "Results_MobileNet.json"
-    for table in ({}, {"1111111": {"acc": [1, 2, 3], "flops": 1}}, {"1111111": {}}, {"111": {"acc": [], "flops": 1}}):
-        file.write_text(json.dumps(table))
-        with pytest.raises(DataError):
-            channel_bench.load(tmp_path)
-
-
-def data():
-    folder = DATA / "channel-bench-macro"
-    if not (folder / "Results_MobileNet.json").exists():
-        pytest.skip(f"Channel-Bench-Macro is not in {folder}; WIDTHKIT_DATA names the folder of data sets")
-    return folder
-
-
-@pytest.mark.data
-def test_smoothed_scores_rank_real_networks_better_than_raw_ones():
-    folder = data()
-    bench = channel_bench.load(folder)
-    table = Benchmark(bench, seeds=1)
-    for name, bar in (("autoslim_3", 0.77), ("bcnet_3", 0.70)):
-        values = bench.scores(folder / f"published_scores_{name}.json")
-        everything = int(np.isfinite(values).sum())
-        raw = table.row(name, values, everything, "none", "raw scores")
-        assert raw.tau == pytest.approx(kendalltau(values, table.truth, nan_policy="omit").statistic, abs=1e-3)
-        assert table.row(name, values, everything, "none", "log-linear").tau >= bar > raw.tau
-
-
-@pytest.mark.data
-def test_the_denoised_truth_loses_nothing_but_noise():
-    bench = channel_bench.load(data())
-    noise = np.sqrt(bench.accuracy.var(1, ddof=1).mean() / 3)
-    assert (bench.accuracy.mean(1) - denoised(bench)).std() < 1.05 * noise
+    assert SCORE_MODELS.default in SCORE_MODELS.names()
