@@ -27,7 +27,7 @@ STAGED = {"stages"}
         (wk.load_data, {}, 5),
         (wk.search, {}, 1),
         (Judging, {"memory": "search_memory", "batch_size": ""}, 1),
-        (search_in_stages, {}, 8),
+        (search_in_stages, {}, 4),
         (StagePlan, {}, 3),
     ],
     ids=lambda item: getattr(item, "__name__", ""),

@@ -31,7 +31,7 @@ def staged(model=None, budget="0.5x", **options):
     options.setdefault("min_width", 1)
     options.setdefault("training", {"lr": 0.01, "device": "cpu", "progress": False})
     options.setdefault("searching", {"progress": False})
-    options.setdefault("supernet", {"graph": small_graph()})
+    options.setdefault("graph", small_graph())
     return search_in_stages(model or small_net(), TRAIN, VALID, budget, epochs=1, **options)
 
 

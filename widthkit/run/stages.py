@@ -7,22 +7,22 @@ these widths. So the space stays small while the steps become fine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from widthkit.budget import Budget, parse_budget
 from widthkit.export import export
 from widthkit.graph import ChannelGraph
 from widthkit.graph.resize import narrow
-from widthkit.graph.space import WidthLimit
 from widthkit.run.stage_plan import StagePlan, first_beta
-from widthkit.search import SEARCHERS, search
+from widthkit.search import search
 from widthkit.search.near_budget import NEAR
 from widthkit.search.result import SearchResult
 from widthkit.supernet import Supernet, make_supernet
-from widthkit.supernet.strategy import STRATEGIES, Strategy
 from widthkit.train import train
 
 TrainStage = Callable[[Supernet, int], object]
@@ -49,12 +49,11 @@ def run_stages(net: Supernet, plan: StagePlan, train: TrainStage, search: Search
         net: The first stage's supernet.
         plan: How to go on.
         train: Called with a supernet and the number of its stage, from 1; leaves it trained.
-        search: Called with a supernet, its budget and the number of the stage.
+        search: Called with a supernet, its budget and the number of the stage. To resume an interrupted run, both
+            functions go on with what it left.
 
     Raises:
         BudgetError: If no network of a stage fits its budget.
-
-    Both may take up what an interrupted run left: nothing else is needed to resume.
     """
     first = net
     rows: list[dict[str, Any]] = []
@@ -93,10 +92,10 @@ def next_supernet(
 
 
 def _with_room(result: SearchResult, budget: Budget, following: Budget, graph: ChannelGraph) -> dict[str, Any]:
-    """Replace a stage's result that is too small to be the next stage's maximum, for its budget could not be filled.
+    """Return what replaces a stage's result that is too small to be the next stage's maximum; nothing if it is not.
 
-    That happens where the stage's own space has no network in the budget's band. The best judged network that exceeds
-    the next budget takes its place, or the largest one.
+    That happens where the stage's own space has no network near its budget. The best judged network that exceeds the
+    next budget takes its place, or the largest one.
     """
     if following.usage(graph, result.widths) > NEAR:
         return {}
@@ -124,27 +123,22 @@ def _row(stage: int, plan: StagePlan, net: Supernet, result: SearchResult) -> di
 
 
 def search_in_stages(
-    model: Any,
-    train_loader: Any,
-    valid_loader: Any,
-    budget: Any,
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    valid_loader: Iterable[Any],
+    budget: str | Sequence[str] | Budget,
     *,
     stages: int = 3,
     alpha: float = 2.0,
     bins: float | None = None,
     epochs: int = 10,
-    strategy: str | Strategy | None = None,
     searcher: str | None = None,
-    min_width: WidthLimit = "0.1x",
-    max_width: WidthLimit = "1x",
-    divisor: int = 1,
-    fixed: Mapping[str, int] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
-    supernet: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     searching: Mapping[str, Any] | None = None,
+    **supernet: Any,
 ) -> Stages:
     """Train and search in stages, from any model to the widths of the last stage.
 
@@ -155,21 +149,17 @@ def search_in_stages(
         budget: The last stage's budget, as in :func:`widthkit.search`.
         stages: How many stages (T; the paper takes 3).
         alpha: Bins get finer by this factor from stage to stage (the paper takes 2).
-        bins: Channels in a bin of the most sensitive group in the first stage (beta); by default ``alpha ** (stages -
-            1)``, so that the last stage has 1.
+        bins: Channels in a bin of the most sensitive group in the first stage (beta); by default
+            ``alpha ** (stages - 1)``, so that the last stage has 1.
         epochs: Epochs of every stage's supernet.
-        strategy: Sharing strategy, by name or as an instance; the installed default by default.
-        searcher: Name of a registered searcher; the installed default by default.
-        min_width: Narrowest width, in terms of the model's own.
-        max_width: Widest width of the first stage.
-        divisor: Widths are multiples of this.
-        fixed: Group name -> the one width that it keeps.
-        seed: Seed of everything.
+        searcher: As in :func:`widthkit.search`.
+        seed: Seeds everything that is drawn at random.
         out: Folder; every stage has one of its own in it.
-        resume: Take up an interrupted run in ``out``; the result is the same as without the interruption.
-        supernet: More options of :func:`widthkit.make_supernet`.
+        resume: Go on with an interrupted run in ``out``; the result is the same as without the interruption.
         training: More options of :func:`widthkit.train`.
-        searching: More options of :func:`widthkit.search`, the searcher's own included.
+        searching: More options of :func:`widthkit.search`, those of the searcher included.
+        **supernet: Options of :func:`widthkit.make_supernet`, such as ``strategy``, ``min_width`` and ``fixed``. Bounds
+            are in terms of the model's own widths, in every stage.
 
     Returns:
         The result and the last supernet: ``export(stages.net, stages.result.widths)``.
@@ -177,11 +167,9 @@ def search_in_stages(
     Raises:
         WidthkitError: If an option makes no sense here, or no network fits the budget.
     """
-    sharing = STRATEGIES.default if strategy is None else strategy
-    method = SEARCHERS.default if searcher is None else searcher
     beta = first_beta(alpha, stages) if bins is None else bins
-    limits: dict[str, Any] = {"min_width": min_width, "divisor": divisor, "fixed": fixed}
-    net = make_supernet(model, sharing, bins=beta, max_width=max_width, seed=seed, **limits, **(supernet or {}))
+    net = make_supernet(model, bins=beta, seed=seed, **supernet)
+    limits = {name: supernet[name] for name in ("min_width", "divisor", "fixed") if name in supernet}
     plan = StagePlan(parse_budget(budget, net.graph), stages, alpha, beta, **limits)
     plan.check(net.space)
     folder = None if out is None else Path(out)
@@ -192,7 +180,7 @@ def search_in_stages(
         return train(net, train_loader, epochs, out=place(stage), **common, **(training or {}))
 
     def search_one(net: Supernet, limit: Budget, stage: int) -> SearchResult:
-        return search(net, valid_loader, limit, method, out=place(stage), **common, **(searching or {}))
+        return search(net, valid_loader, limit, searcher, out=place(stage), **common, **(searching or {}))
 
     found = run_stages(net, plan, train_one, search_one)
     if folder is not None:
