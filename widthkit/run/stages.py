@@ -149,8 +149,7 @@ def search_in_stages(
         budget: The last stage's budget, as in :func:`widthkit.search`.
         stages: How many stages (T; the paper takes 3).
         alpha: Bins get finer by this factor from stage to stage (the paper takes 2).
-        bins: Channels in a bin of the most sensitive group in the first stage (beta); by default
-            ``alpha ** (stages - 1)``, so that the last stage has 1.
+        bins: Channels in the first stage's smallest bins (beta); by default so many that the last stage has 1.
         epochs: Epochs of every stage's supernet.
         searcher: As in :func:`widthkit.search`.
         seed: Seeds everything that is drawn at random.
@@ -158,8 +157,7 @@ def search_in_stages(
         resume: Go on with an interrupted run in ``out``; the result is the same as without the interruption.
         training: More options of :func:`widthkit.train`.
         searching: More options of :func:`widthkit.search`, those of the searcher included.
-        **supernet: Options of :func:`widthkit.make_supernet`, such as ``strategy``, ``min_width`` and ``fixed``. Bounds
-            are in terms of the model's own widths, in every stage.
+        **supernet: Options of :func:`widthkit.make_supernet`; bounds are on the model's own widths in every stage.
 
     Returns:
         The result and the last supernet: ``export(stages.net, stages.result.widths)``.
@@ -172,17 +170,19 @@ def search_in_stages(
     limits = {name: supernet[name] for name in ("min_width", "divisor", "fixed") if name in supernet}
     plan = StagePlan(parse_budget(budget, net.graph), stages, alpha, beta, **limits)
     plan.check(net.space)
-    folder = None if out is None else Path(out)
-    place = (lambda stage: None) if folder is None else (lambda stage: folder / f"stage-{stage}")
     common: dict[str, Any] = {"seed": seed, "resume": resume}
 
     def train_one(net: Supernet, stage: int) -> object:
-        return train(net, train_loader, epochs, out=place(stage), **common, **(training or {}))
+        return train(net, train_loader, epochs, out=_stage_folder(out, stage), **common, **(training or {}))
 
     def search_one(net: Supernet, limit: Budget, stage: int) -> SearchResult:
-        return search(net, valid_loader, limit, searcher, out=place(stage), **common, **(searching or {}))
+        return search(net, valid_loader, limit, searcher, out=_stage_folder(out, stage), **common, **(searching or {}))
 
     found = run_stages(net, plan, train_one, search_one)
-    if folder is not None:
-        found.result.save(folder / "search.json")
+    if out is not None:
+        found.result.save(Path(out) / "search.json")
     return found
+
+
+def _stage_folder(out: str | Path | None, stage: int) -> Path | None:
+    return None if out is None else Path(out) / f"stage-{stage}"
