@@ -32,7 +32,7 @@ RANK = {name: row for row, names in enumerate(ORDER) for name in names}
 DISTRIBUTION = "widthkit"
 OTHER_MEANINGS = {
     "trace/rules/pointwise.py": {"random", "uniform"},  # names of PyTorch's operators
-    "report/run.py": {"uniform"},  # the row of the network that one multiplier gives, as in result.json
+    "report/run.py": {"uniform"},  # the row of the network that one multiplier gives, as in results.json
     "run/final.py": {"uniform"},
     "bench/latency.py": {"uniform"},
     "bench/networks.py": {"uniform"},
@@ -151,7 +151,10 @@ def named_plugins(tree, names):
     found += [name for name in modules if name.split(".")[0] == "widthkit_plugins"]
     for text in (d.value for d in documents if isinstance(d.value, str)):
         for example in doctest.DocTestParser().get_examples(text):
-            found += [f"doctest: {name}" for name in imported(ast.parse(example.source)) if "widthkit_plugins" in name]
+            code = ast.parse(example.source)
+            found += [f"doctest: {name}" for name in imported(code) if "widthkit_plugins" in name]
+            constants = [n.value for n in ast.walk(code) if isinstance(n, ast.Constant)]
+            found += [f"doctest: {value!r}" for value in constants if isinstance(value, str) and value in names]
     return found
 
 
@@ -182,3 +185,18 @@ def test_the_package_names_no_plugin(path):
     relative = path.relative_to(ROOT / "widthkit").as_posix()
     found = named_plugins(PACKAGE[path], plugin_names() - OTHER_MEANINGS.get(relative, set()))
     assert found == []
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *PLUGINS], ids=str)
+def test_files_classes_and_functions_fit_on_a_screen(path):
+    """At most 300 lines a file, 20 methods a class, 60 lines a function without its docstring."""
+    assert path.read_text(encoding="utf-8").count("\n") <= 300
+    for node in ast.walk({**PACKAGE, **PLUGINS}[path]):
+        if isinstance(node, ast.ClassDef):
+            assert sum(isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in node.body) <= 20, node.name
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            documented = (ast.get_docstring(node) or "").count("\n")
+            assert node.end_lineno - node.lineno - documented <= 60, node.name

@@ -107,10 +107,10 @@ def one_line(error: BaseException, most: int = 160) -> str:
 def close_matches(name: str, known: Iterable[str]) -> str:
     """Say which known names resemble ``name``, or list them when none does.
 
-    >>> close_matches("gredy", ["greedy", "random"])
-    'did you mean greedy?'
-    >>> close_matches("zzz", ["greedy", "random"])
-    'known: greedy, random'
+    >>> close_matches("lft", ["left", "right"])
+    'did you mean left?'
+    >>> close_matches("zzz", ["left", "right"])
+    'known: left, right'
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)

@@ -61,7 +61,7 @@ OTHERS = {
     "searcher_options": {"text": "a=b"},
     "search_images": 64,
     "search_memory": "1MB",
-    "trial_epochs": 1,
+    "stand_alone_epochs": 1,
     "stages": 3,
     "alpha": 1.5,
     "final_epochs": 0,

@@ -18,7 +18,7 @@ def test_a_calibrated_search_trains_by_design_and_resumes_to_the_same_bytes(widt
     out = tmp_path / "run"
     assert widthkit("train", "timm/resnet10t", *TINY, "--epochs", "1", "--out", out).returncode == 0
     options = [f"--searcher-option={option}" for option in ("proposals=random", "evaluations=4", "calibrate=2")]
-    search = ["search", out, "--searcher", "guided", *options, "--trial-epochs", "1"]
+    search = ["search", out, "--searcher", "guided", *options, "--stand-alone-epochs", "1"]
     done = widthkit(*search)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("stand-alone training: ") == 2

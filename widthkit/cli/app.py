@@ -1,4 +1,4 @@
-"""The command line and its sub-commands' homes."""
+"""The Typer applications that commands register with."""
 
 from __future__ import annotations
 

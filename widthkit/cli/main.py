@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _leave_group() -> None:
-    """Take leave of the other processes under torchrun; threads that wait for them would abort this one at its end."""
+    """Destroy the process group under torchrun; its threads would abort the interpreter at exit."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""What a model is made of: channel groups, and the plug-ins at hand."""
+"""``widthkit trace`` and ``widthkit plugins``."""
 
 from __future__ import annotations
 

@@ -73,9 +73,9 @@ def count_cardinality(
         min_width: The narrowest width.
         min_steps: Training steps to count, at least; a strategy may draw more than widths at random.
 
-    >>> from widthkit.supernet.strategy import make_strategy
-    >>> count_cardinality(make_strategy("ua", {}), 4).judged.tolist()  # BCNet, Eq. 6: l - c + 1
-    [[4, 3, 2, 1]]
+    >>> from widthkit.supernet.strategy import STRATEGIES
+    >>> count_cardinality(STRATEGIES.get(STRATEGIES.default)(), 4).judged.shape  # paths, channels
+    (2, 4)
     """
     # With a smooth activation, a gradient of zero means that a channel was not used.
     with torch.random.fork_rng(devices=[]):

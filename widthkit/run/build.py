@@ -155,7 +155,7 @@ def _check_training(config: RunConfig, search: bool, final: bool) -> None:
     """Refuse trainings that could not start."""
     epochs = [config.epochs]
     if search:
-        epochs.append(config.trial_epochs)
+        epochs.append(config.stand_alone_epochs)
     if final and config.final_epochs:
         epochs.append(config.final_epochs)
     for count in epochs:

@@ -144,7 +144,7 @@ class RunConfig(BaseModel):
         aliases=("memory",),
         **_SEARCH,
     )
-    trial_epochs: int = option(
+    stand_alone_epochs: int = option(
         2,
         "Epochs of a stand-alone training",
         "Each stand-alone training that a searcher asks for sees the data so many times",

@@ -69,7 +69,7 @@ class RunFolder:
         return self.path / "supernet" if stage == 1 else self.path / f"stage-{stage}" / "supernet"
 
     def begin(self, config: RunConfig, command: str, resume: bool) -> None:
-        """Claim the folder for a run.
+        """Write the run's options; refuse if the folder holds another run.
 
         Args:
             config: The run's options.
@@ -91,9 +91,11 @@ class RunFolder:
             record, before = self._record(), self.config()
             given = {name: getattr(before, name) for name in record["options"]}
             self._check_same("run", {name: value for name, value in given.items() if name in options}, config)
-            # The command that does more, and its options, stay.
+            # A slim run stays a slim run when it is resumed with train.
             command = SLIM if SLIM in (command, record["command"]) else command
             options = {**given, **options}
+        else:
+            self.search_file.unlink(missing_ok=True)  # An earlier run that left no result may have left its search's.
         atomic_json(self.config_file, {"format": 1, "command": command, "options": options})
 
     def config(self) -> RunConfig:
@@ -105,7 +107,7 @@ class RunFolder:
         return _read_config(self._record()["options"], self.config_file)
 
     def begin_search(self, config: RunConfig, resume: bool) -> None:
-        """Claim the folder for a search and write its options down.
+        """Write the search's options; refuse if the folder holds another search.
 
         Raises:
             OptionError: If there is a search already and ``resume`` was not asked for, or if it had other options.

@@ -179,9 +179,9 @@ def train_alone(built: Built, widths: Mapping[str, int]) -> float:
     c, graph = built.config, built.net.graph
     slim = export(fresh_model(c, built.data, c.seed), dict(widths), graph=graph)
     name = hashlib.sha256(json.dumps(dict(widths), sort_keys=True).encode()).hexdigest()[:16]
-    out = built.folder.path / "trials" / name
+    out = built.folder.path / "stand-alone" / name
     batches = training_batches(built)
-    train(slim, batches, c.trial_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
+    train(slim, batches, c.stand_alone_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
     recalibrate(slim, make_loader(built.data.train, c.batch_size, train=False))
     found = evaluate(slim, make_loader(built.data.valid, JUDGED_TOGETHER, train=False), device=c.device)
     share = graph.macs(widths) / graph.macs()

@@ -64,7 +64,7 @@ class Separate:
 
 
 class Together(Separate):
-    """Sub-networks that share what they have in common, until the model turns out not to allow that."""
+    """Sub-networks that share what they have in common; they run separately once sharing has failed."""
 
     def __init__(self, net: Supernet, vectors: Sequence[Mapping[str, int]], memory: int) -> None:
         super().__init__(net, vectors)
@@ -78,7 +78,7 @@ class Together(Separate):
             with self._scope():
                 outputs = self._candidates.run(who, path, batch, inputs)
         except Exception as error:
-            # Without sharing the model either works, and the reason is told, or fails for reasons of its own.
+            # Run it again without sharing. If that works, report why sharing failed; else its own error is raised.
             self.forget()
             outputs = super().run(who, path, batch, inputs)
             kind = "" if isinstance(error, Unsafe) else f"{type(error).__name__}: "
@@ -164,7 +164,7 @@ class Evaluator:
         return Separate(self.net, vectors, self.judging.training)
 
     def _judge_block(self, runs: Separate, block: range) -> list[Judgement]:
-        """Judge some neighbours of a list, batch by batch."""
+        """Judge a slice of the list, batch by batch."""
         parts: dict[int, list[list[tuple[float, float | None]]]] = {who: [] for who in block}
         for path in range(max(runs.n_paths[who] for who in block)):
             for who in block:

@@ -14,7 +14,7 @@ VERSION = 1
 
 
 class Journal:
-    """A file of JSON lines: first whose search this is, then one judged width vector per line.
+    """A file of JSON lines: a header with the search's identity, then one judgement per line.
 
     Lines are only ever appended, so a search of n networks writes n lines, and a process that is killed while it writes
     loses at most the last one.
@@ -71,7 +71,7 @@ class Journal:
         self._append(self.path, line)
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
-        """Write a line behind the whole ones, and a header before the first."""
+        """Append a line after the last complete one; write the header first if the file is empty."""
         lines = [line] if self._whole else [{"version": VERSION, "identity": self.identity}, line]
         data = "".join(json.dumps(entry) + "\n" for entry in lines).encode("utf-8")
         try:

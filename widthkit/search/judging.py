@@ -20,7 +20,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one width vector earned.
+    """Score, loss and accuracy of one width vector.
 
     Args:
         score: What searchers maximise: minus the mean loss, combined over paths by the strategy; or the accuracy of a

@@ -1,4 +1,4 @@
-"""Ask, judge, tell; every judgement is in the journal before anyone hears of it."""
+"""Ask, judge, tell. Every judgement is written to the journal before the searcher is told."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class Loop:
                 name = type(searcher).__name__
                 raise PluginError(f"{name} asks for stand-alone trainings, but its 'trainings' is {searcher.trainings}")
             vectors = [{name: int(width) for name, width in proposal.items()} for proposal in asked]
+            shown += inside * (len(vectors) - len({journal_key(widths, inside) for widths in vectors}))  # repeated ones
             for trial in self._judged(vectors, inside):
                 shown += inside
                 progress = min(1.0, shown / searcher.proposals) if searcher.proposals else searcher.progress

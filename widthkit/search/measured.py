@@ -1,4 +1,4 @@
-"""What memory and latency budgets promised, against what the found network really takes."""
+"""Compare predicted with measured memory and latency of the found network."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Work = Callable[[Sequence[Mapping[str, int]]], Iterator[tuple[int, Judgement]]]
 
 
 def judge_in_processes(judge: Evaluator, vectors: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, Judgement]]:
-    """Judge width vectors inside the supernet; every process takes its share, and all hear of every judgement.
+    """Judge width vectors inside the supernet; each process judges its share and receives all judgements.
 
     Args:
         judge: The evaluator of this process.
@@ -56,7 +56,7 @@ def train_in_processes(train: TrainFn, vectors: Sequence[Mapping[str, int]]) -> 
 def _in_turns(
     order: Sequence[int], vectors: Sequence[Mapping[str, int]], work: Work
 ) -> Iterator[tuple[int, Judgement]]:
-    """Give process ``i`` of ``n`` every n-th vector from the i-th; pass results round after every vector."""
+    """Give process ``i`` of ``n`` every n-th vector from the i-th; gather the results after each."""
     n, own = processes(), process_index()
     results = work([vectors[place] for place in order[own::n]])
     if n == 1:
@@ -85,7 +85,7 @@ def _gathered(work: Callable[[], T | None]) -> tuple[list[T | None], Exception |
         error = caught
     answers: list[Any] = [None] * processes()
     message = None if error is None else " ".join(f"{error}".split())
-    dist.all_gather_object(answers, (answer, message), group=_patient_group(dist.group.WORLD))
+    dist.all_gather_object(answers, (answer, message), group=_group_without_timeout(dist.group.WORLD))
     for index, (_, failure) in enumerate(answers):
         if failure is not None and error is None:
             error = ModelError(f"process {index} failed: {failure}")
@@ -93,14 +93,14 @@ def _gathered(work: Callable[[], T | None]) -> tuple[list[T | None], Exception |
 
 
 @lru_cache(maxsize=1)
-def _patient_group(world: Any) -> Any:
+def _group_without_timeout(world: Any) -> Any:
     """Make a group for plain objects without a timeout: other processes may train for hours."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=100))
 
 
-def own_device() -> torch.device | None:
-    """Join the processes that a launcher started, if any; return this one's device, or ``None`` for one process."""
-    return join() if launched() else None
+def own_device(device: torch.device) -> torch.device:
+    """Join the processes that a launcher started, if any; return this one's device of the given kind."""
+    return join(device) if launched() else device
 
 
 def from_first(work: Callable[[], T]) -> T:
@@ -117,7 +117,7 @@ def from_first(work: Callable[[], T]) -> T:
             answer[0] = work()
         except Exception as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, 0, group=_patient_group(dist.group.WORLD))
+    dist.broadcast_object_list(answer, 0, group=_group_without_timeout(dist.group.WORLD))
     if answer[1] is not None:
         raise answer[1]
     return answer[0]  # type: ignore[no-any-return]
@@ -130,7 +130,7 @@ def first_of_all(text: str) -> str:
     return next((found for found in _gathered(lambda: text)[0] if found), "")
 
 
-def check_same(identity: str) -> None:
+def check_same_data(identity: str) -> None:
     """Refuse to search where processes hold different supernets or data.
 
     Raises:

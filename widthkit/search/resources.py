@@ -23,7 +23,7 @@ UnitScores = Callable[[str], Mapping[str, FloatArray]]
 
 @dataclass(frozen=True)
 class Resources:
-    """What is at hand when a search begins.
+    """The supernet, data and loss from which the extra arguments of searchers are made.
 
     Args:
         net: The supernet; not trained yet when a run is only checked.
@@ -38,6 +38,9 @@ class Resources:
     def offered(self) -> dict[str, Any]:
         """Return what searchers may ask for, by the name of a parameter of their constructor."""
         net = self.net
+        if self.data is None:  # Options are checked before there is data; any scores will do.
+            even = {name: np.ones(width) for name, width in net.wide_graph.full.items()}
+            return {"unit_scores": lambda criterion: even, "history": net.width_history.records}
         return {
             "unit_scores": lambda criterion: unit_scores(
                 net.model, net.wide_graph, criterion, data=self.data, loss=self.loss

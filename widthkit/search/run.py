@@ -1,4 +1,4 @@
-"""Run a search: ask, judge, tell, and lose at most what is in flight."""
+"""Run a search; an interruption loses only what is being judged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from widthkit.search.measured import network_of
 from widthkit.search.outcome import check_chosen, make_result, with_measurements
 from widthkit.search.processes import (
     TrainFn,
-    check_same,
+    check_same_data,
     first_of_all,
     from_first,
     judge_in_processes,
@@ -35,6 +35,7 @@ from widthkit.search.searcher import SEARCHERS, Searcher
 from widthkit.search.top_up import remark, top_up
 from widthkit.supernet import Supernet
 from widthkit.train.losses import cross_entropy
+from widthkit.train.modes import model_device
 from widthkit.train.parallel import broadcast_module, process_index
 
 
@@ -98,9 +99,7 @@ def search(
     resources, rng = Resources(net, loader, criterion), np.random.default_rng(seed)
     engine = make_searcher(name, resources, limits, rng, options, can_train=train_fn is not None)
     settings = {"searcher": name, "options": options, "budget": str(limits), "seed": seed, "training": judging.training}
-    device = own_device()
-    if device is not None:
-        net.to(device)
+    net.to(own_device(model_device(net)))
     judge = Evaluator(net, loader, criterion, judging)
     broadcast_module(net)
     if chosen is not None:
@@ -154,7 +153,7 @@ def _make_loop(
 ) -> Loop:
     """Open the journal and read what an interrupted search left there."""
     identity = identity_of(net, judge, settings)
-    check_same(identity)
+    check_same_data(identity)
     first = process_index() == 0
     journal = Journal(Path(out) / "search-journal.jsonl" if out is not None and first else None, identity)
     return Loop(
@@ -175,10 +174,10 @@ def _with_note(result: SearchResult, judge: Evaluator) -> SearchResult:
 
 @contextmanager
 def _watchers(progress: bool | Watch) -> Iterator[list[Watch]]:
-    """Yield who is told of every trial."""
+    """Yield the functions that are called with every trial."""
     from widthkit.search.progress_bar import SearchBar
 
-    if not isinstance(progress, bool):
+    if callable(progress):
         yield [progress]
     elif not progress or process_index() > 0:
         yield []

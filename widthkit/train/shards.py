@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard, IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
 
 from widthkit.train import parallel
@@ -48,7 +48,7 @@ def shard(loader: Any) -> Any:
             it is, as is everything in a single process.
     """
     n, index = parallel.processes(), parallel.process_index()
-    if n == 1 or not isinstance(loader, DataLoader) or isinstance(loader.batch_sampler, BatchSamplerShard):
+    if n == 1 or not isinstance(loader, DataLoader) or _is_sharded(loader):
         return loader
     kept = {name: getattr(loader, name) for name in _KEPT}
     if isinstance(loader.dataset, IterableDataset):
@@ -60,6 +60,15 @@ def shard(loader: Any) -> Any:
         return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **kept)
     batches = BatchSamplerShard(loader.batch_sampler, num_processes=n, process_index=index)
     return DataLoader(loader.dataset, batch_sampler=batches, **kept)
+
+
+def _is_sharded(loader: DataLoader[Any]) -> bool:
+    """Whether Accelerate has shared the loader out already."""
+    return (
+        isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
+        or isinstance(loader.batch_sampler or loader.sampler, BatchSamplerShard)
+        or isinstance(loader.dataset, IterableDatasetShard)
+    )
 
 
 @contextmanager

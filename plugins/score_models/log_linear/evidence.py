@@ -76,7 +76,6 @@ class Posterior:
         deviations: ``[blocks]``; prior standard deviations of the weights.
         noise: Standard deviation of one score.
         calibration_noise: Standard deviation of one calibration.
-        rho: Scale of the scores' ``f`` relative to the calibrations'.
         evidence: Log marginal likelihood plus the log priors of the variances, up to a constant.
     """
 
@@ -85,7 +84,6 @@ class Posterior:
     deviations: FloatArray
     noise: float
     calibration_noise: float
-    rho: float
     evidence: float
 
 
@@ -122,7 +120,6 @@ class Evidence:
             deviations[:n],
             float(deviations[n]),
             float(deviations[n + 1]),
-            float(found.x[n + 2]),
             -float(found.fun),
         )
 

@@ -66,7 +66,7 @@ def _mean(users: list[FloatArray], worst: float, options: IntArray, n: int) -> F
 
 
 def _benefit(users: list[FloatArray], worst: float, options: IntArray, n: int) -> FloatArray:
-    """As if every choice had been met equally often, and always with the worst loss where it was not among the best."""
+    """Estimate as if every choice had equally many records; a missing record counts as the worst loss."""
     raw = np.array([worst - (worst - used).sum() * len(options) / n for used in users])
     log = np.log(options) - np.log(options).mean()
     fall = max(0.0, -float(log @ (raw - raw.mean())) / max(float(log @ log), 1e-12))

@@ -17,7 +17,7 @@ from widthkit.search.genes import Genes
 _ENUMERABLE = 20_000
 _PASSES = 3
 _RIDGE = 1e-3
-"""Information that every weight starts with, so that the first points have a determinant to raise."""
+"""Initial diagonal of the information matrix, which keeps it invertible."""
 
 
 def design_columns(space: SearchSpace, widths: IntArray, degree: int = 1) -> FloatArray:
@@ -69,7 +69,7 @@ def d_optimal(columns: FloatArray, n: int, rng: np.random.Generator, given: Floa
 def _exchange(
     columns: FloatArray, chosen: list[int], free: npt.NDArray[np.bool_], covariance: FloatArray, tie: FloatArray
 ) -> bool:
-    """Give every chosen row up once for the best there is; whether any changed."""
+    """Exchange each chosen row for the candidate that raises the determinant most; return whether any changed."""
     changed = False
     for place, old in enumerate(chosen):
         covariance = _update(covariance, columns[old], -1)

@@ -131,7 +131,7 @@ class GuidedSearcher(Searcher):
         return {"prediction": {**self._prediction, "calibrations": calibrations}}
 
     def _run(self) -> Steps:
-        """Calibrate, judge a design, then what the model wants to know; let the model choose."""
+        """Train a design, judge a design, judge batches that teach the model most, then choose by prediction."""
         columns = design_columns(self.space, np.array([list(self.space.largest.values())]), CURVES).shape[1]
         pool = candidates(self.space, self.budget, self.rng, int(np.clip(_WORK // columns**2, *_POOL)))
         if self.calibrate:

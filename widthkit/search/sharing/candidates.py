@@ -48,7 +48,6 @@ class Candidates:
     Attributes:
         crowded: Whether a value was given up for lack of memory.
         peak_bytes: The most that was kept.
-        n_paths: Per width vector, how many sub-networks stand for it.
     """
 
     def __init__(self, net: Supernet, vectors: Sequence[Mapping[str, int]], memory: int) -> None:
@@ -59,10 +58,8 @@ class Candidates:
         paths = [net.paths(v) for v in vectors]
         # Prepared once: there may be more of them than the supernet remembers.
         self._prepared = [[net.prepare(units) for units in path] for path in paths]
-        self.n_paths = [len(path) for path in paths]
-        self._sharers = [
-            _sharers([p[path] if path < len(p) else None for p in self._prepared]) for path in range(max(self.n_paths))
-        ]
+        most = max(map(len, paths))
+        self._sharers = [_sharers([p[i] if i < len(p) else None for p in self._prepared]) for i in range(most)]
         self._memos: dict[tuple[int, int], Memo] = {}
 
     def run(self, who: int, path: int, batch: int, inputs: Any) -> Any:
@@ -118,7 +115,7 @@ def _sharers(prepared: Sequence[Any]) -> dict[str, list[int]]:
     slices: dict[str, dict[Hashable, int]] = {}
     own: list[dict[str, Hashable]] = []
     for who, one in enumerate(prepared):
-        # A width vector may have fewer paths than others; then nobody asks for its bit.
+        # A width vector may have fewer paths than others; its bit is then unused.
         own.append({} if one is None else {name: _slice_name(spec) for name, spec in one.specs.items()})
         for name, key in own[-1].items():
             found = slices.setdefault(name, {})

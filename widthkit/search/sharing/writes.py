@@ -92,7 +92,7 @@ def _writable(run: SharedRun, target: StandIn) -> Tensor:
 
 
 def _dropped() -> None:
-    """Stand for a value that was written over."""
+    """Return ``None``: the value was overwritten."""
 
 
 @cache
