@@ -67,7 +67,7 @@ def run(models: list[str], size: int, batch: int, repeats: int, memory: str, dev
         Console().print(
             f"{name}: {row['candidates']} candidates, plain {row['plain_s']:.1f} s, shared {row['shared_s']:.1f} s, "
             f"gain {row['gain']:.2f} ({row['cpu_gain']:.2f} by process time); bound {row['bound']:.2f} "
-            f"({row['gain'] / row['bound']:.0%} of it); kept at most {row['kept_bytes'] / 1e6:.0f} MB",
+            f"({row['gain'] / row['bound']:.0%} of it); kept at most {row['peak_bytes'] / 1e6:.0f} MB",
             highlight=False,
             soft_wrap=True,
         )

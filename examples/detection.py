@@ -20,6 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.functional import resize
 
 import widthkit as wk
+from widthkit.search import Judging
 
 SIZE = 64
 CLASSES = ("RBC", "WBC", "Platelets")
@@ -105,7 +106,7 @@ def main(folder: str | None = None, kind: str = "retinanet", n: int = 16, epochs
     net = wk.make_supernet(detector(kind), "bc", example_inputs=([image],), k=4, min_width="0.5x")
     history = wk.train(net, train, epochs, loss=loss, optimizer="adamw", lr=2e-3, clip_grad=1.0, progress=False).history
     # These models return losses in training mode only, so networks are judged in that mode.
-    result = wk.search(net, valid, "0.6x", "random", loss=loss, training=True, n=2, progress=False)
+    result = wk.search(net, valid, "0.6x", "random", loss=loss, judging=Judging(training=True), n=2, progress=False)
     slim = wk.export(net, result.widths)
     wk.recalibrate(slim, train)
 

@@ -286,7 +286,7 @@ def test_the_supernet_is_the_reference_and_others_are_refused(tmp_path):
         ({"formats": "onnx"}, "takes a list"),
         ({"formats": []}, "no format"),
         ({"dtype": "int8"}, "unknown dtype"),
-        ({"device": "gpu"}, "device 'gpu'"),
+        ({"device": "gpu"}, "device='gpu'"),
         ({"formats": ["onnx"], "dtype": "bf16", "example_inputs": SHAPE}, "no bfloat16"),
     ],
 )

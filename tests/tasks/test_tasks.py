@@ -15,6 +15,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
 import widthkit as wk
+from widthkit.search import Judging
 from widthkit.search.evaluator import Evaluator
 from widthkit.train.modes import batch_size
 
@@ -91,7 +92,9 @@ def test_detectors_that_return_their_losses(kind):
             return detection.loss(model(*valid[0][0]), None)
         return model([image])[0]["boxes"]
 
-    net, _ = whole_job(detection.detector(kind), ([image],), train, valid, detection.loss, "bc", call, training=True)
+    net, _ = whole_job(
+        detection.detector(kind), ([image],), train, valid, detection.loss, "bc", call, judging=Judging(training=True)
+    )
     assert len(net.graph.groups["backbone.6"].sites) >= 2, "heads read the backbone's last layer"
 
 
@@ -102,7 +105,7 @@ def test_judging_in_training_mode_is_repeatable_and_leaves_nothing_behind():
     net = wk.make_supernet(detection.detector("fasterrcnn"), "ua", example_inputs=([valid[0][0][0][0]],), k=3).eval()
     before = {name: t.clone() for name, t in net.state_dict().items()}
     state = torch.get_rng_state()
-    judge = Evaluator(net, valid, detection.loss, training=True)
+    judge = Evaluator(net, valid, detection.loss, Judging(training=True))
     first, second = judge(net.space.smallest), judge(net.space.smallest)
     assert first == second
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())

@@ -37,6 +37,7 @@ def train_command(given: dict[str, Any], out: Out, resume: Resume = False) -> No
 def search_command(given: dict[str, Any], run: Folder, resume: Resume = False) -> None:
     """Search widths in a trained supernet."""
     folder = RunFolder(run)
+    folder.check_not_interrupted()
     config = folder.config().changed(given)
     folder.check_trained(config)  # here too, for building takes long
     built = build(config, folder)

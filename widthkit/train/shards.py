@@ -66,7 +66,8 @@ def _is_sharded(loader: DataLoader[Any]) -> bool:
     """Whether Accelerate has shared the loader out already."""
     return (
         isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
-        or isinstance(loader.batch_sampler or loader.sampler, BatchSamplerShard)
+        or isinstance(loader.batch_sampler, BatchSamplerShard)
+        or isinstance(loader.sampler, BatchSamplerShard)
         or isinstance(loader.dataset, IterableDatasetShard)
     )
 
