@@ -104,6 +104,16 @@ def one_line(error: BaseException, most: int = 160) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's text without its full stop; without a text, the name of its class.
+
+    >>> first_line(ValueError("no such device.\ntraceback")), first_line(KeyError())
+    ('no such device', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def close_matches(name: str, known: Iterable[str]) -> str:
     """Say which known names resemble ``name``, or list them when none does.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from widthkit.errors import BudgetError
+from widthkit.errors import BudgetError, first_line
 
 DTYPE_WORDS = {
     "fp32": "float32",
@@ -60,7 +60,7 @@ class Conditions:
             torch.zeros(2, 2, dtype=dtype, device=name).add(1).sum().item()
         except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
             raise BudgetError(
-                f"device '{name}' cannot be used here: {_first_line(error)}. "
+                f"device '{name}' cannot be used here: {first_line(error)}. "
                 "Name a device of this machine, such as 1.8ms@cpu"
             ) from error
 
@@ -106,8 +106,3 @@ def _is_device(word: str) -> bool:
     except RuntimeError:
         return False
     return kind != "meta"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -68,7 +68,7 @@ class Together(Separate):
 
     def __init__(self, net: Supernet, vectors: Sequence[Mapping[str, int]], memory: int) -> None:
         super().__init__(net, vectors)
-        self._candidates = Candidates(net, vectors, memory)
+        self._candidates = Candidates(net, self._paths, memory)
 
     def run(self, who: int, path: int, batch: int, inputs: Any) -> Any:
         """Return the outputs of one sub-network on a batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from widthkit.budget import memory_amount
 from widthkit.errors import DataError, Option, OptionError
+from widthkit.train.losses import Loss as Loss
 from widthkit.train.modes import batch_size as count_samples
-
-Loss = Callable[[Any, Any], Tensor]
-"""``(outputs, targets) -> scalar tensor``."""
 
 
 @dataclass(frozen=True)

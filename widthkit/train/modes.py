@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthkit.errors import DataError, Option, OptionError
+from widthkit.errors import DataError, Option, OptionError, first_line
 
 
 @contextmanager
@@ -140,14 +140,9 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as error:
         raise OptionError(
-            Option("device", str(device)), f" cannot be used here: {_first_line(error)}. Try ", Option("device", "cpu")
+            Option("device", str(device)), f" cannot be used here: {first_line(error)}. Try ", Option("device", "cpu")
         ) from error
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _first_length(value: Any) -> int | None:

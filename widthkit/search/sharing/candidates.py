@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from widthkit.graph import IntArray
 from widthkit.search.sharing.memo import Memo
 from widthkit.search.sharing.shared_run import SharedRun
 from widthkit.search.sharing.stand_in import StandIn
@@ -42,7 +43,7 @@ class Candidates:
 
     Args:
         net: The supernet.
-        vectors: Width vectors, in the order in which they will be run.
+        paths: Per width vector, in the order in which they will be run, the units of its sub-networks.
         memory: Most bytes of values that are kept from one run for the next, over all batches and paths.
 
     Attributes:
@@ -50,12 +51,11 @@ class Candidates:
         peak_bytes: The most that was kept.
     """
 
-    def __init__(self, net: Supernet, vectors: Sequence[Mapping[str, int]], memory: int) -> None:
+    def __init__(self, net: Supernet, paths: Sequence[Sequence[Mapping[str, IntArray]]], memory: int) -> None:
         self.memory = memory
         self.crowded = False
         self.peak_bytes = 0
         self._net = net
-        paths = [net.paths(v) for v in vectors]
         # Prepared once: there may be more of them than the supernet remembers.
         self._prepared = [[net.prepare(units) for units in path] for path in paths]
         most = max(map(len, paths))
