@@ -13,7 +13,7 @@ from widthkit.supernet.strategy import STRATEGIES
 ROOT = Path(__file__).parent.parent
 ORDER = [
     ("errors", "version"),
-    ("files", "registry"),
+    ("checked", "files", "registry"),
     ("modules",),
     ("graph",),
     ("trace",),

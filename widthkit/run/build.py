@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from widthkit.budget import Budget, parse_budget
+from widthkit.checked import checked
 from widthkit.errors import Option, OptionError
 from widthkit.modules.models import create_model, input_channels
 from widthkit.run.config import RunConfig
@@ -25,7 +26,7 @@ from widthkit.trace import trace
 from widthkit.train import DataSplits, load_data, make_loader
 from widthkit.train.engine import check_engine
 from widthkit.train.optim import make_optimizer
-from widthkit.train.settings import Settings
+from widthkit.train.settings import TrainSettings
 
 Say = Callable[[str], None]
 
@@ -159,13 +160,13 @@ def _check_training(config: RunConfig, search: bool, final: bool) -> None:
     if final and config.final_epochs:
         epochs.append(config.final_epochs)
     for count in epochs:
-        _settings(config, count).check()
+        _settings(config, count)
     check_engine(config.mixed_precision, config.device)
 
 
-def _settings(config: RunConfig, epochs: int) -> Settings:
+def _settings(config: RunConfig, epochs: int) -> TrainSettings:
     options = {name: value for name, value in config.training().items() if name != "device"}
-    return Settings(epochs=epochs, momentum=0.9, warmup_epochs=0, seed=config.seed, **options)
+    return checked(TrainSettings, {"epochs": epochs, **options})
 
 
 def _load_data(config: RunConfig) -> DataSplits:

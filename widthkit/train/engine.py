@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widthkit.checked import checked
+from widthkit.errors import Option, OptionError
 from widthkit.train import parallel
 from widthkit.train.launch import join
 from widthkit.train.loop import Trainer
-from widthkit.train.losses import cross_entropy
+from widthkit.train.losses import Loss, cross_entropy
 from widthkit.train.modes import checked_device, training_flags
 from widthkit.train.optim import make_optimizer
 from widthkit.train.precision import Precision
 from widthkit.train.result import TrainResult, prepare_out, read_run
-from widthkit.train.settings import Settings, check_loader, fingerprint
+from widthkit.train.settings import TrainSettings, check_loader, check_seed, fingerprint
 
 
 def train(
@@ -26,20 +28,13 @@ def train(
     epochs: int,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
-    optimizer: str = "sgd",
-    lr: float = 0.05,
-    weight_decay: float = 1e-4,
-    momentum: float = 0.9,
-    schedule: str = "cosine",
-    warmup_epochs: int = 0,
-    clip_grad: float | None = 5.0,
-    mixed_precision: str = "no",
     device: str | torch.device | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    **settings: Any,
 ) -> TrainResult:
     """Train ``net`` in place.
 
@@ -58,16 +53,6 @@ def train(
             epoch. Inputs are a tensor, a tuple (positional) or a dict (keywords).
         epochs: Number of epochs of the whole run, at least 1.
         loss: ``(outputs, targets) -> scalar tensor``; cross entropy when ``None``.
-        optimizer: A name of ``timm.optim.list_optimizers()``. As in timm, ``sgd`` has Nesterov momentum
-            (``momentum`` is plain SGD), and biases and norms get no weight decay.
-        lr: Learning rate.
-        weight_decay: Weight decay.
-        momentum: Momentum, for optimisers that have one.
-        schedule: ``cosine`` (to 0), ``step`` (divided by 10 after each third of the run) or ``constant``.
-        warmup_epochs: Epochs, out of ``epochs``, in which the rate rises from ``lr / 100``.
-        clip_grad: Largest norm of the whole gradient, or ``None``; narrow sub-networks of a fresh supernet have steep
-            losses.
-        mixed_precision: ``no``, ``bf16`` or ``fp16`` (GPU only).
         device: Such as ``cpu`` or ``cuda:1``; an accelerator if there is one when ``None``, else the CPU.
         seed: Seed of data order, augmentation, dropout and the strategy's random choices.
         out: Folder for ``checkpoint.safetensors``, written after every epoch; nothing is written when ``None``.
@@ -75,6 +60,7 @@ def train(
             at once, with its stored weights in ``net``.
         progress: Show a bar on a terminal, else one line per epoch, on standard error.
         on_epoch: Called after every epoch, in every process, with that epoch's entry of the history.
+        **settings: Optimiser, schedule and the rest: the fields of :class:`widthkit.train.TrainSettings`.
 
     Returns:
         The figures of all epochs, those before a resume included.
@@ -92,22 +78,20 @@ def train(
     >>> result.accuracy, [round(entry["lr"], 3) for entry in result.history]
     (1.0, [0.5, 0.427, 0.25, 0.073])
     """
-    settings = Settings(
-        epochs, optimizer, lr, weight_decay, momentum, schedule, warmup_epochs, clip_grad, mixed_precision, seed
-    )
-    settings.check()
+    how = checked(TrainSettings, {"epochs": epochs, **settings})
+    check_seed(seed)
     check_loader(loader)
     target = checked_device(device)
-    made = make_optimizer(net, settings)
-    criterion = cross_entropy() if loss is None else loss
+    made = make_optimizer(net, how)
+    criterion = _criterion(loss, how)
     place = join(target)
-    precision = Precision(mixed_precision, place)
+    precision = Precision(how.mixed_precision, place)
     with training_flags(net):
         file = prepare_out(out)
-        mark = fingerprint(settings, net, loader, criterion, parallel.processes())
+        mark = fingerprint(how, seed, net, loader, criterion, parallel.processes())
         # Read and compared before the module moves or changes.
         stored = read_run(file, mark) if resume and file is not None else None
-        trainer = Trainer(net, loader, settings, criterion, made, precision, place)
+        trainer = Trainer(net, loader, how, seed, criterion, made, precision, place)
         if stored is not None:
             trainer.restore(stored)
         return trainer.fit(file, mark, progress, on_epoch)
@@ -124,3 +108,11 @@ def check_engine(mixed_precision: str, device: str | torch.device | None) -> Non
     widthkit.errors.OptionError: mixed_precision='fp16' cannot be used on a CPU; take 'no' or 'bf16'.
     """
     Precision(mixed_precision, join(checked_device(device)))
+
+
+def _criterion(loss: Loss | None, settings: TrainSettings) -> Loss:
+    if loss is None:
+        return cross_entropy(settings.label_smoothing)
+    if settings.label_smoothing:
+        raise OptionError(Option("label_smoothing", settings.label_smoothing), " goes with the default loss only.")
+    return loss

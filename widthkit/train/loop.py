@@ -24,7 +24,7 @@ from widthkit.train.precision import Precision
 from widthkit.train.progress import TrainingBar
 from widthkit.train.result import Totals, TrainResult, figures, write_run
 from widthkit.train.rng import mix, seeded
-from widthkit.train.settings import Settings, loader_length
+from widthkit.train.settings import TrainSettings, loader_length
 from widthkit.train.shards import seeded_order, shard
 from widthkit.train.step import EndsEpochs, StepContext, TrainsItself, plain_step
 
@@ -38,7 +38,8 @@ class Trainer:
     Args:
         net: The module; it moves to the device here.
         loader: Gives batches; a ``DataLoader`` is divided among the processes.
-        settings: Checked settings.
+        settings: How it is trained.
+        seed: Seeds order, augmentation, dropout and the strategy's random choices.
         loss: The criterion.
         optimizer: A plain optimiser over the module's parameters.
         precision: The precision of forwards and gradients.
@@ -49,19 +50,20 @@ class Trainer:
         self,
         net: nn.Module,
         loader: Iterable[Any],
-        settings: Settings,
+        settings: TrainSettings,
+        seed: int,
         loss: Loss,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self.net, self.settings, self.loss = net, settings, loss
+        self.net, self.settings, self.seed, self.loss = net, settings, seed, loss
         self.optimizer, self.precision, self.device = optimizer, precision, device
         net.to(device)
         parallel.broadcast_module(net)
         self.loader = shard(loader)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.schedule = Schedule(optimizer, settings, loader_length(self.loader))
+        self.schedule = Schedule(optimizer, settings)
         self.step = net.train_step if isinstance(net, TrainsItself) else partial(plain_step, net)
         history = getattr(net, "width_history", None)
         self.widths = history if isinstance(history, WidthHistory) else None
@@ -136,12 +138,13 @@ class Trainer:
         finally:
             self.optimizer.zero_grad()
         self.done += 1
-        self.schedule.after_epoch(self.done)
+        self.schedule.after_epoch(entry["loss"])
+        self.schedule.at(self.done)
         return {"epoch": self.done, "loss": entry["loss"], "accuracy": entry["accuracy"], "lr": lr, **entry}
 
     def _epoch(self, bar: TrainingBar) -> dict[str, float]:
         totals, start = Totals(self.device), time.perf_counter()
-        seed = mix(self.settings.seed, self.done)
+        seed = mix(self.seed, self.done)
         self.net.train()
         with seeded(mix(seed, parallel.process_index())), seeded_order(self.loader, seed, self.done):
             for count, batch in enumerate(self.loader, start=1):
@@ -175,11 +178,11 @@ class Trainer:
         parallel.average_gradients(self.parameters)
         self.precision.update(self.optimizer, self.parameters, self.settings.clip_grad)
         self.updates += 1
-        self.schedule.after_update(self.updates)
+        self.schedule.at(self._progress() * self.settings.epochs)
         totals.add(loss, count_correct(context.outputs, targets), batch_size(inputs))
 
     def _context(self, inputs: Any, targets: Any) -> StepContext:
-        seed = mix(self.settings.seed, parallel.process_index(), self.updates)
+        seed = mix(self.seed, parallel.process_index(), self.updates)
         return StepContext(
             inputs=inputs,
             targets=targets,

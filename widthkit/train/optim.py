@@ -1,24 +1,27 @@
-"""Optimisers and learning-rate schedules, by timm's names."""
+"""Optimisers by timm's names, and learning-rate schedules."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from typing import Any
 
 import timm.optim
-import timm.scheduler
 import torch
 from torch import nn
 
-from widthkit.errors import ModelError, OptionError
-from widthkit.train.settings import Settings
+from widthkit.errors import ModelError, OptionError, one_line
+from widthkit.train.settings import TrainSettings
+
+_WARMUP_START = 0.01
 
 
-def make_optimizer(net: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Make the optimiser; parameters of one dimension (biases, norms) get no weight decay, as timm does it.
+def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Make the optimiser.
 
     Args:
         net: The module to train; its parameters are not touched.
-        settings: Names the optimiser. timm's ``sgd`` has Nesterov momentum, its ``momentum`` is plain SGD.
+        settings: Names the optimiser, and says whether parameters of one dimension (biases, norms) have weight decay.
 
     Raises:
         ModelError: If the module has no parameter to train.
@@ -28,59 +31,79 @@ def make_optimizer(net: nn.Module, settings: Settings) -> torch.optim.Optimizer:
         raise ModelError(f"{type(net).__name__} has no parameter that requires a gradient, so nothing can be trained.")
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
     try:
-        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(net, opt=settings.optimizer, **options)
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            net, opt=settings.optimizer, filter_bias_and_bn=not settings.decay_norms, **options
+        )
     except (ImportError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise OptionError(
-            f"optimizer '{settings.optimizer}' cannot be used: {reason}. Try 'sgd' or 'adamw'."
+            f"optimizer '{settings.optimizer}' cannot be used: {one_line(error)}. Try 'sgd' or 'adamw'."
         ) from error
     return optimizer
 
 
 class Schedule:
-    """A timm scheduler, stepped after every update where the loader knows its length, else after every epoch.
+    """The learning rate as a function of the position in the run; ``plateau`` also depends on the losses.
 
     Args:
-        optimizer: A plain torch optimiser.
-        settings: ``cosine`` falls to 0 over the run, ``step`` divides by 10 after each third of it, ``constant``
-            stays. Warm-up rises from a hundredth of the rate, and is part of the run's epochs.
-        updates_per_epoch: Number of updates in an epoch, or ``None`` if not known.
+        optimizer: A plain torch optimiser; its parameter groups may have rates of their own, which keep their ratios.
+        settings: Names the schedule.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, updates_per_epoch: int | None) -> None:
-        self.optimizer = optimizer
-        self.updates_per_epoch = updates_per_epoch
-        # Not timm's 'constant', which its older versions lack: a step of factor 1 is the same thing.
-        constant = settings.schedule == "constant"
-        self.scheduler, _ = timm.scheduler.create_scheduler_v2(
-            optimizer,
-            sched="step" if constant else settings.schedule,
-            num_epochs=settings.epochs,
-            decay_epochs=max(1, -(-settings.epochs // 3)),
-            decay_rate=1.0 if constant else 0.1,
-            warmup_epochs=settings.warmup_epochs,
-            warmup_lr=settings.lr / 100,
-            step_on_epochs=updates_per_epoch is None,
-            updates_per_epoch=updates_per_epoch or 0,
-        )
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: TrainSettings) -> None:
+        self.optimizer, self.settings = optimizer, settings
+        self._bases = [float(group["lr"]) for group in optimizer.param_groups]
+        self._falls, self._best, self._waited = 0, math.inf, 0
+        self.at(0.0)
 
     @property
     def lr(self) -> float:
         """The rate of the next update (of the first parameter group)."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def after_update(self, updates: int) -> None:
-        """Set the rate for the next update, ``updates`` being the number done so far in the run."""
-        self.scheduler.step_update(updates)
+    def at(self, epochs: float) -> None:
+        """Set the rate for the next update, ``epochs`` (a fraction, where known) being done so far."""
+        factor = self.factor(epochs)
+        for group, base in zip(self.optimizer.param_groups, self._bases, strict=True):
+            group["lr"] = base * factor
 
-    def after_epoch(self, epochs: int) -> None:
-        """Set the rate for the next epoch, ``epochs`` being the number done so far."""
-        self.scheduler.step(epochs)
+    def factor(self, epochs: float) -> float:
+        """Return the rate after so many epochs, as a share of the first one."""
+        s = self.settings
+        if epochs < s.warmup_epochs:
+            return _WARMUP_START + (1 - _WARMUP_START) * epochs / s.warmup_epochs
+        floor = s.min_lr / s.lr
+        share = min(1.0, (epochs - s.warmup_epochs) / (s.epochs - s.warmup_epochs))
+        if s.schedule == "cosine":
+            return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
+        if s.schedule == "linear":
+            return floor + (1 - floor) * (1 - share)
+        return max(floor, s.decay ** self._steps_down(epochs))
+
+    def _steps_down(self, epochs: float) -> int:
+        s = self.settings
+        # Fractions of an epoch are sums of floats; a fall must not come an update late.
+        epochs += 1e-9
+        if s.schedule == "step":
+            return int(epochs // math.ceil(s.epochs / 3))
+        if s.schedule == "milestones":
+            return bisect_right(sorted(s.milestones), epochs)
+        if s.schedule == "exponential":
+            return int((epochs - s.warmup_epochs) // s.decay_epochs)
+        return self._falls if s.schedule == "plateau" else 0
+
+    def after_epoch(self, loss: float) -> None:
+        """Tell the mean training loss of the epoch that has just ended."""
+        if loss < self._best:
+            self._best, self._waited = loss, 0
+        else:
+            self._waited += 1
+        if self._waited > self.settings.patience:
+            self._falls, self._waited = self._falls + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's own state."""
-        return dict(self.scheduler.state_dict())
+        """Return what the losses so far have led to."""
+        return {"falls": self._falls, "best": self._best, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self.scheduler.load_state_dict(state)
+        self._falls, self._best, self._waited = state["falls"], state["best"], state["waited"]

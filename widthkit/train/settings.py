@@ -2,59 +2,103 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import timm.optim
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from widthkit.checked import CheckedSettings, Number, Share, Whole, refusal
 from widthkit.errors import CheckpointError, DataError, Option, OptionError, close_matches
 from widthkit.train.losses import CrossEntropy
 
-SCHEDULES = ("constant", "cosine", "step")
-PRECISIONS = ("bf16", "fp16", "no")
+Schedule = Literal["constant", "linear", "cosine", "step", "milestones", "exponential", "plateau"]
+Precision = Literal["no", "bf16", "fp16"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What :func:`widthkit.train.train` was asked to do; see there for the meaning of each."""
+class TrainSettings(CheckedSettings):
+    """How a network is trained; every field is a keyword of :func:`widthkit.train`.
 
-    epochs: int
-    optimizer: str
-    lr: float
-    weight_decay: float
-    momentum: float
-    schedule: str
-    warmup_epochs: int
-    clip_grad: float | None
-    mixed_precision: str
-    seed: int
+    Attributes:
+        epochs: Epochs of the whole run.
+        optimizer: A name of ``timm.optim.list_optimizers()``. As in timm, ``sgd`` has Nesterov momentum, ``momentum``
+            is plain SGD.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        decay_norms: Whether norms and biases have weight decay too.
+        momentum: Momentum, for optimisers that have one.
+        schedule: How the learning rate falls after the warm-up: ``cosine`` or ``linear`` (to ``min_lr``), ``step``
+            (times ``decay`` after each third of the run), ``milestones`` (times ``decay`` after each of them),
+            ``exponential`` (times ``decay`` every ``decay_epochs``), ``plateau`` (times ``decay`` after ``patience``
+            epochs without a lower training loss) or ``constant``.
+        warmup_epochs: Epochs, out of ``epochs``, in which the rate rises from ``lr / 100``.
+        min_lr: The rate does not fall below this.
+        milestones: Epochs after which the rate falls.
+        decay: Factor by which it falls.
+        decay_epochs: Epochs between two falls of ``exponential``; fractions are allowed.
+        patience: Epochs that ``plateau`` waits.
+        clip_grad: Largest norm of the whole gradient, or ``None``; narrow sub-networks of a fresh supernet have steep
+            losses.
+        accumulate: Batches per update; their gradients are averaged.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` (GPU only).
+        channels_last: Keep images and feature maps in the memory format that tensor cores prefer.
+        label_smoothing: Share of a target's probability that is spread over all classes; cross entropy only.
+        ema: Decay per update of an average of the weights, which the run ends with; ``None`` turns it off.
+        teacher_weight: With a teacher, weight of its soft targets; the labels have the rest.
+        temperature: Temperature of the soft targets (Hinton et al. 2015).
+        feature_weight: With a teacher, weight of matching its feature maps; 0 turns it off.
+    """
 
-    def check(self) -> None:
-        """Refuse settings that make no sense.
+    epochs: Whole = Field(10, ge=1)
+    optimizer: str = "sgd"
+    lr: Number = Field(0.05, gt=0)
+    weight_decay: Number = Field(1e-4, ge=0)
+    decay_norms: bool = False
+    momentum: Number = Field(0.9, ge=0)
+    schedule: Schedule = "cosine"
+    warmup_epochs: Whole = Field(0, ge=0)
+    min_lr: Number = Field(0.0, ge=0)
+    milestones: tuple[Whole, ...] = ()
+    decay: Number = Field(0.1, gt=0, le=1)
+    decay_epochs: Number = Field(1.0, gt=0)
+    patience: Whole = Field(5, ge=0)
+    clip_grad: Number | None = Field(5.0, gt=0)
+    accumulate: Whole = Field(1, ge=1)
+    mixed_precision: Precision = "no"
+    channels_last: bool = False
+    label_smoothing: Share = 0.0
+    ema: Share | None = None
+    teacher_weight: Number = Field(0.9, ge=0, le=1)
+    temperature: Number = Field(4.0, gt=0)
+    feature_weight: Number = Field(0.0, ge=0)
 
-        Raises:
-            OptionError: With the first setting that is wrong.
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        if name not in timm.optim.list_optimizers():
+            raise refusal(f"unknown optimizer '{name}': {close_matches(name, timm.optim.list_optimizers())}")
+        return name
 
-        >>> Settings(1, "sgd", 0.1, 0.0, 0.9, "cosin", 0, None, "no", 0).check()
-        Traceback (most recent call last):
-        widthkit.errors.OptionError: unknown schedule 'cosin': did you mean cosine?
-        """
-        _at_least("epochs", self.epochs, 1, whole=True)
-        _at_least("warmup_epochs", self.warmup_epochs, 0, whole=True)
-        _at_least("seed", self.seed, 0, whole=True)
-        _at_least("weight_decay", self.weight_decay, 0)
-        _at_least("momentum", self.momentum, 0)
-        _above_zero("lr", self.lr)
-        if self.clip_grad is not None:
-            _above_zero("clip_grad", self.clip_grad)
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
         if self.warmup_epochs >= self.epochs:
-            raise OptionError(f"warmup_epochs={self.warmup_epochs} leaves no epoch of {self.epochs}; lower it.")
-        _check_name("optimizer", self.optimizer, timm.optim.list_optimizers())
-        _check_name("schedule", self.schedule, SCHEDULES)
-        _check_name("mixed_precision", self.mixed_precision, PRECISIONS)
+            raise refusal(f"warmup_epochs={self.warmup_epochs} leaves no epoch of {self.epochs}; lower it.")
+        if self.min_lr >= self.lr:
+            raise refusal(f"min_lr={self.min_lr:g} is not below lr={self.lr:g}; lower it.")
+        if (self.schedule == "milestones") != bool(self.milestones):
+            raise refusal("schedule 'milestones' and the list of milestones need each other.")
+        return self
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        OptionError: If so.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise OptionError(Option("seed"), f" must be a whole number of at least 0, not {seed!r}.")
 
 
 def check_loader(loader: Iterable[Any]) -> None:
@@ -82,11 +126,14 @@ def loader_length(loader: Any) -> int | None:
         return None
 
 
-def fingerprint(settings: Settings, net: nn.Module, loader: Any, loss: Any, processes: int) -> dict[str, Any]:
+def fingerprint(
+    settings: TrainSettings, seed: int, net: nn.Module, loader: Any, loss: Any, processes: int
+) -> dict[str, Any]:
     """Describe everything that a resumed run must have in common with the run it continues.
 
     Args:
         settings: The run's settings.
+        seed: Its seed.
         net: The module to train.
         loader: The loader, as it was passed in.
         loss: The criterion.
@@ -96,7 +143,8 @@ def fingerprint(settings: Settings, net: nn.Module, loader: Any, loss: Any, proc
         Plain values by setting name, in a fixed order.
     """
     return {
-        **asdict(settings),
+        **settings.model_dump(),
+        "seed": seed,
         "loss": _loss_name(loss),
         "model": type(net).__name__,
         # A supernet says here how it is trained.
@@ -131,7 +179,7 @@ def check_same_run(path: Any, stored: Mapping[str, Any], wanted: Mapping[str, An
 
 def _shown(name: str, value: Any) -> str | Option:
     """Name a setting; a fingerprint also holds what is no option."""
-    return Option(name, value) if name in {f.name for f in fields(Settings)} | {"batch_size"} else f"{name}={value}"
+    return Option(name, value) if name in {*TrainSettings.model_fields, "seed", "batch_size"} else f"{name}={value}"
 
 
 def _difference(old: Any, new: Any) -> tuple[Any, Any]:
@@ -146,22 +194,3 @@ def _loss_name(loss: Any) -> str:
     if isinstance(loss, (nn.Module, CrossEntropy)):
         return " ".join(repr(loss).split())
     return getattr(loss, "__qualname__", type(loss).__name__)
-
-
-def _at_least(name: str, value: float, low: float, whole: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise OptionError(Option(name), f" must be {'a whole number' if whole else 'a number'}, not {value!r}.")
-    if not (math.isfinite(value) and value >= low):
-        raise OptionError(Option(name), f" must be at least {low}, not {value}.")
-
-
-def _above_zero(name: str, value: float) -> None:
-    _at_least(name, value, 0)
-    if value == 0:
-        raise OptionError(Option(name), " must be greater than 0.")
-
-
-def _check_name(name: str, value: str, allowed: Iterable[str]) -> None:
-    names = list(allowed)
-    if value not in names:
-        raise OptionError("unknown ", Option(name), f" '{value}': {close_matches(str(value), names)}")
