@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -22,13 +23,16 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("a number")
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         raise ValueError("a number") from None
+    if not math.isfinite(number):
+        raise ValueError("a finite number")
+    return number
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_number)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -95,8 +99,6 @@ def _wanted(first: Any) -> str:
     for name, said in words.items():
         if name in context:
             return f"{said} {context[name]:g}"
-    if first["type"] == "finite_number":
-        return "a finite number"
     text = str(context.get("error") or first["msg"])
     return text[:1].lower() + text[1:]
 

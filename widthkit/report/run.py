@@ -16,7 +16,7 @@ from widthkit.budget import show_count
 from widthkit.errors import CheckpointError
 from widthkit.files import atomic_write
 from widthkit.latency.slow_layers import ENOUGH, SlowLayer, describe, is_slow
-from widthkit.report.png import png_bytes
+from widthkit.report.pictures import draw_accuracy, draw_search, draw_widths
 from widthkit.search import SearchResult
 from widthkit.search.measured import describe_rows
 
@@ -50,7 +50,7 @@ class _Results(BaseModel):
 
 
 def report_run(folder: str | Path) -> list[Path]:
-    """Draw ``widths.png``, ``search.png`` and ``report.html`` of a run.
+    """Draw ``accuracy.png`` (of a finished run), ``widths.png``, ``search.png`` and ``report.html``.
 
     Args:
         folder: A run's folder with ``search.json``; ``results.json`` adds the table.
@@ -67,7 +67,8 @@ def report_run(folder: str | Path) -> list[Path]:
         raise CheckpointError(f"{root} holds no search result (no search.json); run widthkit search or slim first")
     results = _results(root / "results.json")
     widths = results["widths"] if results else {"searched": result.widths}
-    pictures = {"widths.png": draw_widths(result, widths), "search.png": draw_search(result)}
+    pictures = {"accuracy.png": draw_accuracy(results["table"])} if results else {}
+    pictures |= {"widths.png": draw_widths(result, widths), "search.png": draw_search(result)}
     written = []
     for name, data in pictures.items():
         atomic_write(root / name, data)
@@ -89,57 +90,6 @@ def _results(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError) as error:
         why = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path} is damaged ({why}); run the command again") from error
-
-
-def draw_widths(result: SearchResult, widths: dict[str, dict[str, int]]) -> bytes:
-    """Draw the width of every channel group in the dense, the uniform and the searched network, as a PNG."""
-    from matplotlib.figure import Figure
-
-    full = result.full["widths"]
-    names = list(full)
-    figure = Figure(figsize=(max(6.4, 0.32 * len(names) + 2), 4.8), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(names))
-    axes.bar(places, [full[n] for n in names], color="#d9dde2", label="dense", width=0.85)
-    axes.bar(places, [result.widths.get(n, full[n]) for n in names], color="#2f6f9f", label="searched", width=0.5)
-    if "uniform" in widths:
-        axes.step(
-            [p + 0.5 for p in range(-1, len(names))],
-            [widths["uniform"][names[0]], *[widths["uniform"][n] for n in names]],
-            where="pre",
-            color="#d1662b",
-            label="uniform",
-        )
-    axes.set_xticks(list(places), names, rotation=90, fontsize=max(4, 9 - len(names) // 25))
-    axes.set_xlim(-0.6, len(names) - 0.4)
-    axes.set_ylabel("width (channels)")
-    share = result.macs / result.full["macs"]
-    axes.set_title(f"Widths per channel group: {show_count(result.macs)} MACs, {share:.1%} of the dense model")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return png_bytes(figure)
-
-
-def draw_search(result: SearchResult) -> bytes:
-    """Draw all judged networks by MACs and score, with the Pareto set, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    finite = [t for t in result.trials if t.score == t.score and abs(t.score) != float("inf")]
-    axes.scatter([t.macs / 1e6 for t in finite], [t.score for t in finite], s=10, color="#9aa5b1", label="judged")
-    front = result.pareto
-    axes.plot([t.macs / 1e6 for t in front], [t.score for t in front], color="#2f6f9f", marker=".", label="Pareto set")
-    chosen = "chosen, by the score model" if "prediction" in result.settings else "chosen"
-    axes.scatter([result.macs / 1e6], [result.score], color="#d1662b", zorder=3, label=chosen)
-    axes.set_xlabel("MACs (millions)")
-    axes.set_ylabel("score in the supernet (minus loss)")
-    how = "widths chosen" if result.searcher == "training" else f"{len(result.trials)} networks judged"
-    kind = "training" if result.searcher == "training" else f"{result.searcher} search"
-    axes.set_title(f"{kind}, budget {result.budget}: {how}")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return png_bytes(figure)
 
 
 COLUMNS = ("network", "MACs", "of dense", "params", "accuracy", "latency", "speed-up")

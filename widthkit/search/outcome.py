@@ -79,7 +79,12 @@ def make_result(
         seed=settings["seed"],
         full={"widths": net.graph.full, "macs": net.graph.macs(), "params": net.graph.params()},
         trials=trials,
-        settings={**kept, "strategy": repr(net.strategy), "space_size": str(net.space.size)},
+        settings={
+            **kept,
+            "strategy": repr(net.strategy),
+            "space_size": str(net.space.size),
+            "limits": [{"kind": limit.kind, "value": limit.value} for limit in budget.limits],
+        },
     )
 
 
