@@ -48,16 +48,19 @@ def soft_target_loss(outputs: Any, teacher_outputs: Any, temperature: float) -> 
     return divergence * temperature**2
 
 
-def check_soft_targets(outputs: Any, targets: Any) -> None:
-    """Refuse targets that show that a network's outputs are no class logits, as in regression.
+def check_soft_targets(outputs: Any, teacher_outputs: Any, targets: Any) -> None:
+    """Refuse a task whose outputs are no class logits, as its targets show, and a teacher that is broken.
 
     Args:
         outputs: Logits, or something that has them.
+        teacher_outputs: The teacher's.
         targets: Class indices, class probabilities of the logits' shape, or something that is no tensor.
 
     Raises:
-        ModelError: If the targets are real numbers, but not class probabilities.
+        ModelError: If the targets are real numbers, but not class probabilities, or the teacher's logits not finite.
     """
+    if not bool(_logits(teacher_outputs, "the teacher").isfinite().all()):
+        raise ModelError("the teacher's outputs are not finite; take another ", Option("teacher"))
     if not isinstance(targets, Tensor) or not targets.is_floating_point():
         return
     sums = targets.sum(dim=1) if targets.shape == _logits(outputs, "the network").shape else None

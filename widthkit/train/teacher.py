@@ -90,7 +90,7 @@ class Teacher:
                 outputs = _first_run(self.net, step.inputs, type(self.net).__name__)
             if self.settings.teacher_weight:
                 soft_target_loss(outputs, said, self.settings.temperature)
-                check_soft_targets(outputs, step.targets)
+                check_soft_targets(outputs, said, step.targets)
         places = matching_places(ours, theirs) if self.settings.feature_weight else []
         if self.settings.feature_weight and not places:
             raise ModelError(
