@@ -103,10 +103,12 @@ def test_the_last_place_of_every_size_is_chosen():
         "two": (8, 6, 8, 8),
         "other size": (8, 6, 4, 4),
         "tokens": (8, 16, 6),
+        "between tokens": (8, 6, 64, 64),
         "pool": (8, 6, 1, 1),
         "head": (8, 10),
     }
     teacher = {name: (shape[0], 9, *shape[2:]) for name, shape in student.items() if name != "only here"}
     teacher["other size"] = (8, 6, 5, 4)
-    assert matching_places(student, teacher) == ["stem", "two"]
-    assert matching_places(student, {}) == []
+    sizes = [(16, 16), (8, 8), (4, 4), (5, 4), (1, 1)]
+    assert matching_places(student, teacher, sizes) == ["stem", "two"]
+    assert matching_places(student, {}, sizes) == []

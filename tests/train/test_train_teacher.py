@@ -128,12 +128,28 @@ def test_a_teacher_teaches():
 # --- feature maps -----------------------------------------------------------------------------------------------------
 
 
-def test_attention_is_matched_where_the_formula_says():
-    """All maps of the small network have one size, so its last module with such a map counts."""
-    net, teacher, (images, labels) = small_net(), trained_net(), BATCHES[0]
+class ChannelsLast(nn.Module):
+    """A convolution whose outputs are normalised with channels in the last place."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 5, 3), nn.LayerNorm(5), nn.Linear(5, 4)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("net", "teacher", "place"), [(small_net(), trained_net(), "top"), (ChannelsLast(0), ChannelsLast(1), "conv")]
+)
+def test_attention_is_matched_where_the_formula_says(net, teacher, place):
+    """All maps of these networks have one size, so the last module with such a map counts."""
+    images, labels = BATCHES[0]
     reference, wise, maps = copy.deepcopy(net).train(), copy.deepcopy(teacher).eval(), []
     for model in (reference, wise):
-        model.top.register_forward_hook(lambda module, args, out: maps.append(out))
+        model.get_submodule(place).register_forward_hook(lambda module, args, out: maps.append(out))
     options = {"teacher_weight": 0.0, "feature_weight": 100.0, "lr": 0.1, **PLAIN}
     wk.train(net, [BATCHES[0]], 1, teacher=teacher, **options, **QUIET)
     outputs = reference(images)

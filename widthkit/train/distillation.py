@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -107,25 +109,28 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() / 2
 
 
-def matching_places(student: dict[str, Shape], teacher: dict[str, Shape]) -> list[str]:
+def matching_places(student: dict[str, Shape], teacher: dict[str, Shape], sizes: Iterable[Shape]) -> list[str]:
     """Choose where feature maps are matched: of every spatial size the last module that both networks have.
 
     Args:
-        student: Name of every module -> shape of the map ``(N, C, H, W)`` that it returned, in the order of the run.
+        student: Name of every module -> shape of what it returned, in the order of the run.
         teacher: The same of the teacher.
+        sizes: The pairs ``(H, W)`` that convolutions return. A tensor of four dims and another size is no map
+            ``(N, C, H, W)``: channels may come last, or it may be a matrix of attention between tokens.
 
     Returns:
         Names of modules, in the order of the student's run. A map of one position says nothing and is left out.
 
     >>> maps = {"a": (2, 8, 4, 4), "b": (2, 8, 4, 4), "c": (2, 8, 2, 2), "pool": (2, 8, 1, 1)}
-    >>> matching_places(maps, {**maps, "c": (2, 9, 2, 2)})
+    >>> matching_places(maps, {**maps, "c": (2, 9, 2, 2)}, [(4, 4), (2, 2), (1, 1)])
     ['b', 'c']
     """
+    wanted = {size for size in sizes if math.prod(size) > 1}
     last = {
         shape[2:]: name
         for name, shape in student.items()
         if name in teacher and len(shape) == len(teacher[name]) == 4
-        if shape[2:] == teacher[name][2:] and shape[2] * shape[3] > 1
+        if shape[2:] == teacher[name][2:] and shape[2:] in wanted
     }
     return [name for name in student if name in last.values()]
 

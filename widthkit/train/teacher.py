@@ -25,6 +25,7 @@ from widthkit.train.rng import seeded
 from widthkit.train.settings import TrainSettings
 from widthkit.train.step import StepContext, TrainsModel
 
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _NETWORK = ""
 """The name of a whole network among its modules."""
 
@@ -91,7 +92,9 @@ class Teacher:
             if self.settings.teacher_weight:
                 soft_target_loss(outputs, said, self.settings.temperature)
                 check_soft_targets(outputs, said, step.targets)
-        places = matching_places(ours, theirs) if self.settings.feature_weight else []
+        layers = {name for name, module in _holder(self.net).named_modules() if isinstance(module, _CONVOLUTIONS)}
+        sizes = [shape[2:] for name, shape in ours.items() if name in layers]
+        places = matching_places(ours, theirs, sizes) if self.settings.feature_weight else []
         if self.settings.feature_weight and not places:
             raise ModelError(
                 "no module of the network and the teacher's module of that name return feature maps (N, C, H, W) of "
