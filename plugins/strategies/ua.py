@@ -46,12 +46,14 @@ class UniversallyAligned(Strategy):
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
         """Train the largest network on the labels, then the smallest and random ones on its output.
 
-        The history records the loss of every width on the labels, also where it learns from the soft output.
+        Where the run has a teacher, the largest network learns from it too; the others still learn from the largest,
+        so the teacher reaches them through it. Those that learn the targets directly learn from the teacher directly.
+        The history records the loss of every width on the labels, also where it learns from soft outputs.
         """
         rng = net.rng(step)
         outputs = net.forward_on(net.paths(net.space.largest)[0], step)
         loss = step.loss(outputs, step.targets)
-        step.backward(loss)
+        step.backward(step.with_teacher(outputs, loss))
         net.record(net.space.largest, loss)
         step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
         teach = self.distill and can_distill(outputs, step.targets, step.loss)
@@ -59,7 +61,7 @@ class UniversallyAligned(Strategy):
             student = net.forward_on(net.paths(widths)[0], step)
             with torch.set_grad_enabled(not teach):
                 task = step.loss(student, step.targets)
-            step.backward(soft_cross_entropy(student, outputs) if teach else task)
+            step.backward(soft_cross_entropy(student, outputs) if teach else step.with_teacher(student, task))
             net.record(widths, task)
         return loss.detach()
 

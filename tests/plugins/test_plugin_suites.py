@@ -74,6 +74,20 @@ def records_a_share(self, net, step):
     return loss
 
 
+def ignores_the_teacher(self, net, step):
+    loss = step.loss(net.forward_on(net.paths(net.space.largest)[0], step), step.targets)
+    step.backward(loss)
+    return loss.detach()
+
+
+def records_the_teacher(self, net, step):
+    outputs = net.forward_on(net.paths(net.space.largest)[0], step)
+    loss = step.with_teacher(outputs, step.loss(outputs, step.targets))
+    step.backward(loss)
+    net.record(net.space.largest, loss)
+    return loss.detach()
+
+
 def records_too_wide(self, net, step):
     loss = UniversallyAligned.train_step(self, net, step)
     net.record({name: width + 1 for name, width in net.space.largest.items()}, loss)
@@ -118,6 +132,8 @@ STRATEGIES = {
     "global draws": ("test_a_step_leaves_weights_to_the_optimiser", {"train_step": global_draws}, ()),
     "records a share": ("test_records_are_losses_of_trained_widths", {"train_step": records_a_share}, ()),
     "records too wide": ("test_records_are_losses_of_trained_widths", {"train_step": records_too_wide}, ()),
+    "ignores the teacher": ("test_a_step_learns_from_a_teacher", {"train_step": ignores_the_teacher}, ()),
+    "records the teacher": ("test_a_step_learns_from_a_teacher", {"train_step": records_the_teacher}, ()),
     "NaN wins": (
         "test_scores_that_are_no_numbers_never_win",
         {"combine": lambda s, scores: np.nan_to_num(scores[0])},

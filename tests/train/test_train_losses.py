@@ -1,11 +1,13 @@
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from widthkit.errors import DataError, ModelError, OptionError
-from widthkit.train.losses import accuracy, cross_entropy, main_output, soft_cross_entropy
+from widthkit.train.losses import accuracy, binding, cross_entropy, main_output, soft_cross_entropy
 
 
 def log_softmax(x):
@@ -89,3 +91,48 @@ def test_refusals():
         cross_entropy()(torch.zeros(2), torch.tensor([0, 1]))
     with pytest.raises(ModelError, match="one shape"):
         soft_cross_entropy(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+# --- losses that take the inputs --------------------------------------------------------------------------------------
+
+
+def third(outputs, targets, inputs):
+    return inputs
+
+
+def by_keyword(outputs, targets, *, inputs=None):
+    return inputs
+
+
+class Called:
+    def __call__(self, outputs, targets, inputs):
+        return inputs
+
+
+class Module(nn.Module):
+    def forward(self, outputs, targets, inputs=None):
+        return inputs
+
+
+@pytest.mark.parametrize("loss", [third, by_keyword, Called(), Module(), partial(third)], ids=repr)
+def test_a_loss_with_a_parameter_of_that_name_gets_the_inputs(loss):
+    assert binding(loss)("images")("outputs", "targets") == "images"
+
+
+class OutputsAreCalledInputs(nn.Module):
+    def forward(self, inputs, targets):
+        return inputs
+
+
+def second(targets, inputs):
+    return targets
+
+
+def any_names(outputs, targets, **options):
+    assert not options
+    return outputs
+
+
+@pytest.mark.parametrize("loss", [OutputsAreCalledInputs(), second, any_names, max, nn.MSELoss(), lambda o, t: o])
+def test_any_other_loss_is_called_as_it_is(loss):
+    assert binding(loss)("images") is loss

@@ -28,7 +28,8 @@ from widthkit.train.step import StepContext
 class JointNet(SeveralNetworks):
     """One slimmable network of a few fixed widths; train it with :func:`widthkit.train`.
 
-    A step trains every network on the batch: the one of most MACs learns the labels, the others its soft output.
+    A step trains every network on the batch: the one of most MACs learns the labels, the others its soft output. Where
+    the run has a teacher, the largest network learns from it too, and so do the others if they learn the labels.
     Calling the module runs the active network, the largest at first (:meth:`switch`).
 
     Args:
@@ -73,6 +74,11 @@ class JointNet(SeveralNetworks):
         self._slices = SlicedModel(net.model)
         self._prepared = [self._slices.prepare(self._without_private(plan)) for plan in plans]
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that all networks are parts of."""
+        return self.net.model
+
     def switch(self, index: int) -> JointNet:
         """Make one of the networks the active one and return the module.
 
@@ -89,20 +95,24 @@ class JointNet(SeveralNetworks):
         return self._run(self.active, args, kwargs)
 
     def train_step(self, step: StepContext) -> Tensor:
-        """Train every network on a batch, the largest first; returns its loss."""
+        """Train every network on a batch, the largest first; returns its loss on the targets."""
         args, kwargs = as_arguments(step.inputs)
         with step.amp():
             outputs = self._run(self.largest, args, kwargs)
             loss = step.loss(outputs, step.targets)
-        step.backward(loss)
+            total = step.with_teacher(outputs, loss)
+        step.backward(total)
         step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
         teach = self.distill and can_distill(outputs, step.targets, step.loss)
         for index in range(len(self.units)):
             if index != self.largest:
                 with step.amp():
                     student = self._run(index, args, kwargs)
-                    taught = soft_cross_entropy(student, outputs) if teach else step.loss(student, step.targets)
-                step.backward(taught)
+                    if teach:
+                        total = soft_cross_entropy(student, outputs)
+                    else:
+                        total = step.with_teacher(student, step.loss(student, step.targets))
+                step.backward(total)
         return loss.detach()
 
     def networks(self) -> list[nn.Module]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Structure = tuple[tuple[str, str, str], ...]
 
@@ -24,6 +25,22 @@ def structure(model: nn.Module) -> Structure:
 def structure_hash(model_structure: Structure) -> str:
     """SHA-256 of a structure, in hex."""
     return hashlib.sha256(json.dumps(model_structure).encode()).hexdigest()
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's structure and of all values in its state, in hex."""
+    digest = hashlib.sha256(structure_hash(structure(model)).encode())
+    for name, value in model.state_dict().items():
+        is_tensor = isinstance(value, Tensor)
+        digest.update(f"{name} {tuple(value.shape) if is_tensor else value!r}".encode())
+        if is_tensor:
+            digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return the values of a tensor as bytes, in order of their indices."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def plain_attributes(model: nn.Module) -> dict[tuple[str, str], str]:

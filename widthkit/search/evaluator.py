@@ -13,7 +13,7 @@ from widthkit.search.judging import Judgement, Judging, Loss, held_out_batches
 from widthkit.search.sharing import Candidates, Unsafe, sharing_order
 from widthkit.supernet import Supernet
 from widthkit.train.calibrate import batch_statistics
-from widthkit.train.losses import accuracy
+from widthkit.train.losses import accuracy, binding
 from widthkit.train.modes import model_device
 from widthkit.train.rng import seeded
 
@@ -102,7 +102,7 @@ class Evaluator:
     Args:
         net: The supernet; it is judged on the device where it is.
         loader: Held-out batches ``(inputs, targets)``.
-        loss: The criterion.
+        loss: The criterion; it gets a batch's inputs too if it has a parameter named ``inputs``.
         judging: Batch size, mode and memory.
         share: Whether sub-networks that are judged together compute what they have in common once.
 
@@ -118,7 +118,7 @@ class Evaluator:
         self, net: Supernet, loader: Iterable[Any], loss: Loss, judging: Judging | None = None, *, share: bool = True
     ) -> None:
         self.net = net
-        self.loss = loss
+        self.loss, self._bind = loss, binding(loss)
         self.judging = judging or Judging()
         self.share = share
         self.peak_bytes = 0
@@ -182,7 +182,8 @@ class Evaluator:
         batch = self.batches[number]
         with torch.inference_mode():
             outputs = runs.run(who, path, number, batch.inputs)
-            return float(self.loss(outputs, batch.targets)), accuracy(outputs, batch.targets)
+            loss = self._bind(batch.inputs)(outputs, batch.targets)
+            return float(loss), accuracy(outputs, batch.targets)
 
     def _judgement(self, paths: list[list[tuple[float, float | None]]]) -> Judgement:
         losses = [self._mean([loss for loss, _ in parts]) for parts in paths]

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from widthkit.modules.structure import tensor_bytes
 from widthkit.search.evaluator import Evaluator
 from widthkit.search.resources import history_of
 from widthkit.supernet import Supernet
@@ -27,14 +27,10 @@ def identity_of(net: Supernet, judge: Evaluator, settings: Mapping[str, Any]) ->
     digest.update(repr((net.strategy, getattr(judge.loss, "__qualname__", type(judge.loss).__qualname__))).encode())
     for name, tensor in net.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     for batch in judge.batches:
         digest.update(f"batch of {batch.n}".encode())
         for leaf in tree_leaves((batch.inputs, batch.targets)):
             if isinstance(leaf, Tensor) and leaf.numel():
-                digest.update(_bytes(leaf.reshape(-1)[:: -(-leaf.numel() // _SAMPLED)]))
+                digest.update(tensor_bytes(leaf.reshape(-1)[:: -(-leaf.numel() // _SAMPLED)]))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

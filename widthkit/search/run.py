@@ -67,7 +67,8 @@ def search(
         searcher: Name of a registered searcher; by default the one that the installed plug-ins mark as default. A
             supernet whose strategy chooses widths in training needs none: its widths are judged once and returned, and
             ``settings["units"]`` names the units.
-        loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default.
+        loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default. It gets the batch's inputs too
+            if it has a parameter named ``inputs``.
         seed: Seeds the searcher.
         judging: Batch size, memory and mode of judging.
         out: Folder for ``search.json`` and the journal that ``resume`` reads.

@@ -7,7 +7,7 @@ group (free parameters, embeddings) do not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy as shallow_copy
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from widthkit.errors import DataError, Option, OptionError, close_matches
 from widthkit.graph import ChannelGraph, ChannelGroup, Site
 from widthkit.modules.clone import named_tensors, real_clone
-from widthkit.train.losses import cross_entropy
+from widthkit.train.losses import Loss, binding, cross_entropy
 from widthkit.train.modes import batch_size, call_model, model_device, split_batch
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
@@ -64,7 +64,7 @@ def unit_scores(
     criterion: str = "magnitude",
     *,
     data: Iterable[Any] | None = None,
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     training: bool = False,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Score every unit of every channel group.
@@ -76,7 +76,8 @@ def unit_scores(
             (Lee et al. 2021), ``fpgm`` (He et al. 2019), ``taylor`` (Molchanov et al. 2019) or ``hessian`` (diagonal
             Fisher; LeCun et al. 1989).
         data: Batches ``(inputs, targets)`` for ``taylor`` and ``hessian``; ``hessian`` takes them sample by sample.
-        loss: ``(outputs, targets) -> scalar``; cross entropy by default.
+        loss: ``(outputs, targets) -> scalar``; cross entropy by default. It gets the batch's inputs too if it has a
+            parameter named ``inputs``.
         training: Compute gradients in training mode, for models that return their losses only then.
 
     Returns:
@@ -158,18 +159,16 @@ def _handler(layer: nn.Module, dim: int) -> Any:
     return function.prune_layernorm_out_channels if isinstance(layer, nn.LayerNorm) else None
 
 
-def _fill_gradients(
-    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor], *, squared: bool
-) -> None:
+def _fill_gradients(model: nn.Module, data: Iterable[Any], loss: Loss, *, squared: bool) -> None:
     """Leave in every ``.grad`` the mean gradient of the samples, or the mean of their squared gradients."""
     tensors = {n: t for n, t in named_tensors(model).items() if t.requires_grad}
     totals = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    seen = 0
+    seen, bind = 0, binding(loss)
     for batch in data:
         inputs, targets = tree_map_only(Tensor, lambda t: t.to(model_device(model)), split_batch(batch))
         for x, y, n in _samples(inputs, targets) if squared else [(inputs, targets, batch_size(inputs))]:
             model.zero_grad(set_to_none=True)
-            loss(call_model(model, x), y).backward()
+            bind(x)(call_model(model, x), y).backward()
             for name, tensor in tensors.items():
                 if tensor.grad is not None:
                     totals[name] += n * (tensor.grad.square() if squared else tensor.grad)

@@ -117,14 +117,15 @@ def train_path(net: Supernet, step: StepContext, units: Units, share: float = 1.
     The accuracy in the progress bar is that of the first sub-network of a step.
 
     Returns:
-        The loss times ``share``, detached.
+        The loss on the targets times ``share``, detached. The part of a teacher is learned, but not returned: losses of
+        widths are compared without it.
     """
     outputs = net.forward_on(units, step)
-    loss = step.loss(outputs, step.targets) * share
-    step.backward(loss)
+    loss = step.loss(outputs, step.targets)
+    step.backward(step.with_teacher(outputs, loss) * share)
     if step.outputs is None:
         step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-    return loss.detach()
+    return loss.detach() * share
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "widthkit.strategies", Strategy)

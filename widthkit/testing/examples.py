@@ -17,6 +17,7 @@ from widthkit.graph.space import SearchSpace, flops_bins, uniform_space
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import Strategy
 from widthkit.trace import trace
+from widthkit.train.losses import Loss, binding
 from widthkit.train.step import StepContext
 
 EXAMPLE = (2, 3, 6, 6)
@@ -114,8 +115,9 @@ def make_step(
     *,
     index: int = 0,
     batch: tuple[Any, Any] | None = None,
-    loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    loss: Loss = F.cross_entropy,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
+    teacher: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> StepContext:
     """Return what a training step sees, without an engine: full precision, gradients by plain ``backward``.
 
@@ -125,7 +127,9 @@ def make_step(
         batch: Inputs and targets; :func:`small_batch` by default.
         loss: The criterion.
         backward: Called with every loss.
+        teacher: Mixes a loss with what a teacher says of the outputs.
     """
     inputs, targets = batch if batch is not None else small_batch()
     generator = torch.Generator().manual_seed(seed)
-    return StepContext(inputs, targets, index, 0, loss, backward, generator, nullcontext)
+    criterion = binding(loss)(inputs)
+    return StepContext(inputs, targets, index, 0, criterion, backward, generator, nullcontext, teacher=teacher)

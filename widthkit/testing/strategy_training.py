@@ -152,6 +152,30 @@ class TrainingTests:
                 why = "record the loss on the labels, not a share or a sum of it"
                 assert min(seen) - 1e-9 <= recorded <= max(seen) + 1e-9, why
 
+    def test_a_step_learns_from_a_teacher(self, strategy: Strategy) -> None:
+        """Where a run has a teacher, its part is in the gradients, and records are losses on the targets without it."""
+        for index in range(4):
+            seen: list[float] = []
+
+            def loss(outputs: Any, targets: Any, seen: list[float] = seen) -> Tensor:
+                value = F.cross_entropy(outputs, targets)
+                seen.append(float(value.detach()))
+                return value
+
+            def teacher(outputs: Any, loss: Tensor) -> Tensor:
+                disagreement: Tensor = outputs.square().mean()
+                return loss + disagreement + 1000
+
+            plain, taught = build_net(strategy), build_net(strategy)
+            plain.train_step(make_step(index, index=index))
+            taught.train_step(make_step(index, index=index, loss=loss, teacher=teacher))
+            pairs = zip(plain.parameters(), taught.parameters(), strict=True)
+            differ = [not torch.equal(p.grad, q.grad) for p, q in pairs if p.grad is not None and q.grad is not None]
+            assert any(differ), "compute gradients of step.with_teacher(outputs, loss)"
+            taught.width_history.end_epoch()
+            why = "record the loss on the labels, without the teacher's part"
+            assert all(recorded <= max(seen) + 1e-9 for _, recorded in taught.width_history.records), why
+
 
 def _gradients(strategy: Strategy, seed: int) -> Mapping[str, Tensor]:
     net = build_net(strategy)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from widthkit.checked import checked
 from widthkit.errors import Option, OptionError
@@ -20,6 +20,7 @@ from widthkit.train.optim import make_optimizer
 from widthkit.train.precision import Precision
 from widthkit.train.result import TrainResult, prepare_out, read_run
 from widthkit.train.settings import TrainSettings, check_loader, check_seed, fingerprint
+from widthkit.train.teacher import Teacher
 
 
 def train(
@@ -27,7 +28,8 @@ def train(
     loader: Iterable[Any],
     epochs: int,
     *,
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
+    teacher: nn.Module | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -52,7 +54,13 @@ def train(
         loader: Gives batches ``(inputs, targets)``: a ``DataLoader``, or anything that can be iterated once per
             epoch. Inputs are a tensor, a tuple (positional) or a dict (keywords).
         epochs: Number of epochs of the whole run, at least 1.
-        loss: ``(outputs, targets) -> scalar tensor``; cross entropy when ``None``.
+        loss: ``(outputs, targets) -> scalar tensor``; cross entropy when ``None``. It is called with ``inputs=`` too if
+            it has a parameter of that name (beside its first two).
+        teacher: A trained network to learn from as well, for tasks whose outputs are class logits ``(N, C)`` or
+            ``(N, C, ...)``: its soft targets have the weight ``teacher_weight``, at ``temperature``, and
+            ``feature_weight`` matches feature maps. It sees every batch once, as the network does, in eval mode. The
+            run works on a copy of it. The loss shown is then that of labels and teacher together; of a network that
+            trains itself it is what its step returns: supernets return losses on the targets, which compare widths.
         device: Such as ``cpu`` or ``cuda:1``; an accelerator if there is one when ``None``, else the CPU.
         seed: Seed of data order, augmentation, dropout and the strategy's random choices.
         out: Folder for ``checkpoint.safetensors``, written after every epoch; nothing is written when ``None``.
@@ -69,7 +77,7 @@ def train(
         OptionError: If an option makes no sense (nothing has changed then), or if the loss or a weight became
             infinite or NaN (the module is then as the last epoch left it).
         DataError: If the loader is empty or gives something that is not a batch.
-        ModelError: If there is nothing to train, or the outputs do not fit the loss.
+        ModelError: If there is nothing to train, or the outputs do not fit the loss or the teacher.
         CheckpointError: If the checkpoint is damaged, of a run with other settings, or cannot be written.
 
     >>> net = nn.Linear(2, 2)
@@ -86,12 +94,15 @@ def train(
     criterion = _criterion(loss, how)
     place = join(target)
     precision = Precision(how.mixed_precision, place)
+    leader = None if teacher is None else Teacher(teacher, net, how, place)
     with training_flags(net):
         file = prepare_out(out)
-        mark = fingerprint(how, seed, net, loader, criterion, parallel.processes())
+        mark = fingerprint(how, seed, net, loader, criterion, parallel.processes(), teacher)
         # Read and compared before the module moves or changes.
         stored = read_run(file, mark) if resume and file is not None else None
         trainer = Trainer(net, loader, how, seed, criterion, made, precision, place)
+        if leader is not None:
+            trainer.step = leader.leading(trainer.step)
         if stored is not None:
             trainer.restore(stored)
         return trainer.fit(file, mark, progress, on_epoch)

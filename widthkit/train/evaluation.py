@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
 from widthkit.errors import DataError, OptionError, close_matches
 from widthkit.train.calibrate import batch_statistics
-from widthkit.train.losses import count_correct, cross_entropy
+from widthkit.train.losses import Loss, binding, count_correct, cross_entropy
 from widthkit.train.modes import batch_size, call_model, checked_device, model_device, split_batch, training_flags
 from widthkit.train.result import Totals, figures
 from widthkit.train.settings import check_loader
@@ -22,7 +22,7 @@ def evaluate(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     device: str | torch.device | None = None,
     statistics: str = "running",
 ) -> dict[str, float]:
@@ -31,7 +31,8 @@ def evaluate(
     Args:
         model: Any module.
         loader: Gives batches ``(inputs, targets)``.
-        loss: ``(outputs, targets) -> scalar tensor``, a mean over the batch; cross entropy when ``None``.
+        loss: ``(outputs, targets) -> scalar tensor``, a mean over the batch; cross entropy when ``None``. It gets the
+            batch's inputs too if it has a parameter named ``inputs``.
         device: Where to run; the model moves there. Its own device when ``None``.
         statistics: ``running`` for batch norm's stored statistics, ``batch`` for each batch's own (see
             :func:`widthkit.train.batch_statistics`).
@@ -66,16 +67,16 @@ def evaluate(
 def _measure(
     model: nn.Module,
     loader: Iterable[Any],
-    loss: Callable[[Any, Any], Tensor],
+    loss: Loss,
     device: torch.device,
     mode: AbstractContextManager[None],
 ) -> Totals:
-    totals = Totals(device)
+    totals, bind = Totals(device), binding(loss)
     with mode, torch.no_grad():
         for batch in loader:
             inputs, targets = send_to_device(split_batch(batch), device)
             outputs = call_model(model, inputs)
-            totals.add(loss(outputs, targets), count_correct(outputs, targets), batch_size(inputs))
+            totals.add(bind(inputs)(outputs, targets), count_correct(outputs, targets), batch_size(inputs))
     return totals
 
 

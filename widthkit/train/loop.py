@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from widthkit.errors import DataError, ModelError, Option, OptionError
 from widthkit.train import parallel
 from widthkit.train.history import WidthHistory
-from widthkit.train.losses import Loss, count_correct
+from widthkit.train.losses import Loss, binding, count_correct
 from widthkit.train.modes import batch_size, split_batch
 from widthkit.train.optim import Schedule
 from widthkit.train.precision import Precision
@@ -57,14 +57,16 @@ class Trainer:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self.net, self.settings, self.seed, self.loss = net, settings, seed, loss
+        self.net, self.settings, self.seed, self.bind = net, settings, seed, binding(loss)
         self.optimizer, self.precision, self.device = optimizer, precision, device
         net.to(device)
         parallel.broadcast_module(net)
         self.loader = shard(loader)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.schedule = Schedule(optimizer, settings)
-        self.step = net.train_step if isinstance(net, TrainsItself) else partial(plain_step, net)
+        self.step: Callable[[StepContext], Tensor] = partial(plain_step, net)
+        if isinstance(net, TrainsItself):
+            self.step = net.train_step
         history = getattr(net, "width_history", None)
         self.widths = history if isinstance(history, WidthHistory) else None
         self.done, self.updates = 0, 0
@@ -188,7 +190,7 @@ class Trainer:
             targets=targets,
             index=self.updates,
             epoch=self.done,
-            loss=self.loss,
+            loss=self.bind(inputs),
             backward=self.precision.backward,
             generator=torch.Generator().manual_seed(seed),
             amp=self.precision.autocast,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,44 @@ from torch import Tensor, nn
 
 from widthkit.errors import DataError, ModelError, OptionError
 
-Loss = Callable[[Any, Any], Tensor]
+Loss = Callable[..., Tensor]
+"""A criterion: ``loss(outputs, targets)``, or ``loss(outputs, targets, inputs=inputs)``; see :func:`binding`."""
+
+
+def binding(loss: Loss) -> Callable[[Any], Loss]:
+    """Return how a criterion becomes one of outputs and targets, once the inputs of a batch are known.
+
+    A criterion gets the inputs if it has a parameter named ``inputs`` that is neither its first nor its second
+    positional one, as some call their outputs ``inputs``. The signature is read here, not for every batch.
+
+    Args:
+        loss: A function, an object with ``__call__``, or a module.
+
+    Returns:
+        A function of a batch's inputs. It returns the criterion for that batch, ``(outputs, targets) -> scalar``:
+        ``loss`` itself if it takes no inputs.
+
+    >>> def weighted(outputs, targets, inputs):
+    ...     return ((outputs - targets) * inputs).mean()
+    >>> binding(weighted)(torch.tensor([0.0, 2.0]))(torch.ones(2), torch.zeros(2))
+    tensor(1.)
+    >>> binding(F.mse_loss)(torch.ones(2)) is F.mse_loss
+    True
+    """
+    if not _takes_inputs(loss):
+        return lambda inputs: loss
+    return lambda inputs: partial(loss, inputs=inputs)
+
+
+def _takes_inputs(loss: Loss) -> bool:
+    try:
+        parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    except ValueError:
+        return False  # Some functions written in C have no signature; none of them knows inputs.
+    if "inputs" not in parameters:
+        return False
+    kind, place = parameters["inputs"].kind, list(parameters).index("inputs")
+    return kind is inspect.Parameter.KEYWORD_ONLY or (kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and place > 1)
 
 
 def is_cross_entropy(loss: Any) -> bool:
@@ -35,7 +74,7 @@ class CrossEntropy:
         logits = main_output(outputs)
         _check_classes(logits, targets)
         targets = targets if targets.is_floating_point() else targets.long()
-        return F.cross_entropy(_at_least_single(logits), targets, label_smoothing=self.smoothing)
+        return F.cross_entropy(at_least_single(logits), targets, label_smoothing=self.smoothing)
 
     def __repr__(self) -> str:
         return f"cross_entropy({self.smoothing})"
@@ -89,8 +128,8 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
             f"distillation needs logits (N, C, ...) of one shape, got {tuple(logits.shape)} for the student and "
             f"{tuple(teacher_logits.shape)} for the teacher; use a strategy without distillation."
         )
-    teacher = _at_least_single(teacher_logits.detach()).softmax(dim=1)
-    return -(teacher * _at_least_single(logits).log_softmax(dim=1)).sum(dim=1).mean()
+    teacher = at_least_single(teacher_logits.detach()).softmax(dim=1)
+    return -(teacher * at_least_single(logits).log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def accuracy(outputs: Any, targets: Any) -> float | None:
@@ -123,7 +162,7 @@ def count_correct(outputs: Any, targets: Any) -> Tensor | None:
     >>> count_correct(torch.eye(3), torch.tensor([0, 1, 1]))
     tensor(2)
     """
-    logits = _find_logits(outputs)
+    logits = find_logits(outputs)
     if logits is None or not isinstance(targets, Tensor) or logits.ndim != 2 or targets.ndim != 1:
         return None
     if len(logits) != len(targets) or logits.shape[1] == 0 or targets.is_floating_point():
@@ -140,13 +179,14 @@ def main_output(outputs: Any) -> Tensor:
     >>> main_output({"out": torch.zeros(1), "aux": torch.ones(1)})
     tensor([0.])
     """
-    found = _find_logits(outputs)
+    found = find_logits(outputs)
     if found is None:
         raise ModelError(f"cannot find logits in outputs of type {type(outputs).__name__}; pass loss=your_function.")
     return found
 
 
-def _find_logits(outputs: Any) -> Tensor | None:
+def find_logits(outputs: Any) -> Tensor | None:
+    """Find the logits as :func:`main_output` does; ``None`` if there are none."""
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits", outputs.get("out"))
     elif not isinstance(outputs, Tensor):
@@ -172,6 +212,6 @@ def _check_classes(logits: Tensor, targets: Tensor) -> None:
         raise DataError(f"label {wrong} does not fit the model's {classes} classes; set the model's num_classes.")
 
 
-def _at_least_single(logits: Tensor) -> Tensor:
-    """Half precision is too coarse for exponentials; double precision stays."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def at_least_single(values: Tensor) -> Tensor:
+    """Return values in single precision where they are in half, which is too coarse for exponentials and squares."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -11,6 +11,7 @@ from torch import nn
 
 from widthkit.checked import CheckedSettings, Number, Share, Whole, refusal
 from widthkit.errors import CheckpointError, DataError, Option, OptionError, close_matches
+from widthkit.modules.structure import state_hash
 from widthkit.train.losses import CrossEntropy
 
 Schedule = Literal["constant", "linear", "cosine", "step", "milestones", "exponential", "plateau"]
@@ -47,7 +48,8 @@ class TrainSettings(CheckedSettings):
         ema: Decay per update of an average of the weights, which the run ends with; ``None`` turns it off.
         teacher_weight: With a teacher, weight of its soft targets; the labels have the rest.
         temperature: Temperature of the soft targets (Hinton et al. 2015).
-        feature_weight: With a teacher, weight of matching its feature maps; 0 turns it off.
+        feature_weight: With a teacher, weight of matching where its feature maps are large; 0 turns it off, 1000 is the
+            value of Zagoruyko and Komodakis 2017.
     """
 
     epochs: Whole = Field(10, ge=1)
@@ -127,7 +129,13 @@ def loader_length(loader: Any) -> int | None:
 
 
 def fingerprint(
-    settings: TrainSettings, seed: int, net: nn.Module, loader: Any, loss: Any, processes: int
+    settings: TrainSettings,
+    seed: int,
+    net: nn.Module,
+    loader: Any,
+    loss: Any,
+    processes: int,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Describe everything that a resumed run must have in common with the run it continues.
 
@@ -138,6 +146,7 @@ def fingerprint(
         loader: The loader, as it was passed in.
         loss: The criterion.
         processes: How many processes train together.
+        teacher: The network that it learns from, if there is one.
 
     Returns:
         Plain values by setting name, in a fixed order.
@@ -153,6 +162,7 @@ def fingerprint(
         "batches": loader_length(loader),
         "batch_size": getattr(loader, "batch_size", None),
         "processes": processes,
+        "teacher": None if teacher is None else state_hash(teacher)[:16],
     }
 
 

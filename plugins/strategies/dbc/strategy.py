@@ -87,7 +87,7 @@ class DepthwiseBinary(Strategy):
         outputs = net.forward_gated(bits, step)
         task = step.loss(outputs, step.targets)
         excess = (policy.macs(bits) - policy.target) / policy.dense
-        step.backward(task + self.beta * excess.to(task.dtype) ** 2)
+        step.backward(step.with_teacher(outputs, task) + self.beta * excess.to(task.dtype) ** 2)
         step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
         return task.detach()
 
