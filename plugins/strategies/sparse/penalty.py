@@ -1,4 +1,4 @@
-"""The penalty of strategy ``sparse``: norms of units over all weights that they own, and the gradient of the penalty."""
+"""The penalty of strategy ``sparse``: norms of units over all weights that they own, and the gradients it gives."""
 
 from __future__ import annotations
 
