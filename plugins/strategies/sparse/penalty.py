@@ -102,7 +102,7 @@ class GroupPenalty(nn.Module):
         least = norms.new_zeros(n_groups).scatter_reduce(0, self._group, norms, "amin", include_self=False)
         span = (largest - least)[self._group]
         place = torch.where(span > 0, (largest[self._group] - norms) / span, 0.0)
-        return self.free * (reg * 2 ** (alpha * place) + growth * self.going)
+        return self.free * (reg * 2 ** (alpha * place) + growth * self.going.to(norms.dtype))
 
     def value(self, model: nn.Module, norms: Tensor, strengths: Tensor) -> Tensor:
         """Return the penalty, half the sum of strength times squared norm; strengths count as constants.

@@ -94,13 +94,14 @@ class SparseTraining(Strategy):
             return train_path(net, step, units)
         if step.index == 0:
             penalty.choose(net)
-        outputs = net.forward_on(units, step)
-        task = step.loss(outputs, step.targets)
         norms = penalty.squared_norms(net.model)
         strengths = penalty.strengths(norms, self.reg, self.alpha, self.growth * step.progress)
-        step.backward(task + penalty.value(net.model, norms, strengths).to(task.dtype))
-        step.outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-        return task.detach()
+        value = penalty.value(net.model, norms, strengths)
+        # The penalty joins whatever else the step learns from, in one backward.
+        joined = replace(step, backward=lambda loss: step.backward(loss + value.to(loss.dtype)))
+        loss = train_path(net, joined, units)
+        step.outputs = joined.outputs
+        return loss
 
     def end_epoch(self, net: Supernet) -> dict[str, float]:
         """Choose anew the units that go; return their mean squared norm, where the mean of every group is 1."""
