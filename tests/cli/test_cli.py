@@ -1,5 +1,6 @@
 """The command line as a newcomer meets it: help, one-line errors, the whole job, interruption and resume."""
 
+import itertools
 import json
 import os
 import signal
@@ -316,16 +317,25 @@ def test_a_search_in_stages_on_the_command_line(tmp_path, capfd, monkeypatch):
     assert sum(p.numel() for p in slim.parameters()) == found["params"]
 
 
-def test_stages_need_bins(tmp_path, capfd, monkeypatch):
-    out = tmp_path / "plain"
+def test_a_trained_network_is_pruned_in_stages_on_the_command_line(tmp_path, capfd, monkeypatch):
+    """No bins: budgets fall by equal ratios, units are ranked at every stage, widths only shrink."""
+    out = tmp_path / "iterative"
     data = ["--data", "digits", "--image-size", "16", "--limit", "60", "--batch-size", "30", "--lr", "0.01"]
-    assert (
-        here(capfd, monkeypatch, "train", "benchmarks.nets:plain_cnn", *data, "--epochs", "1", "--out", out).returncode
-        == 0
-    )
-    done = here(capfd, monkeypatch, "search", out, "--stages", "2")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "--bins" in done.stderr
+    options = ["--strategy", "whole", "--rank", "taylor", "--rank-images", "20", "--epochs", "1", "--final-epochs", "0"]
+    search = ["--stages", "3", "--budget", "0.4x", "--searcher", "importance"]
+    command = ["slim", "benchmarks.nets:plain_cnn", *data, *options, *search, "--out", out]
+    done = here(capfd, monkeypatch, *command)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "search.json").read_text())
+    rows, dense = found["settings"]["stages"], found["full"]["macs"]
+    for number, row in enumerate(rows, start=1):
+        assert row["beta"] is None
+        assert 0.97 * dense * 0.4 ** (number / 3) < row["macs"] <= dense * 0.4 ** (number / 3)
+    for before, after in itertools.pairwise(rows):
+        assert all(after["widths"][name] <= width for name, width in before["widths"].items())
+    assert found["macs"] == rows[-1]["macs"]
+    assert here(capfd, monkeypatch, *command, "--resume").returncode == 0
+    assert json.loads((out / "search.json").read_text()) == found
 
 
 @pytest.mark.parametrize(

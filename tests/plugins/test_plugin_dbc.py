@@ -192,6 +192,31 @@ def test_widths_come_out_of_training_within_one_percent(target):
         wk.search(net, batches, f"{target / 2}x", progress=False)
 
 
+def test_the_exported_network_has_the_trained_weights_bit_by_bit():
+    """Every tensor, running averages included, is the trained one without the positions of the dropped units."""
+    net, _, batches = trained("0.5x")
+    units = net.chosen()
+    slim, trained_ones = wk.export(net, units).eval(), net.model.state_dict()
+    expected = dict(trained_ones)
+    for name, group in net.graph.groups.items():
+        gone = np.setdiff1d(np.arange(group.width), units[name])
+        for site in group.sites:
+            size = trained_ones[site.tensor].shape[site.dim]
+            left = np.setdiff1d(np.arange(size), site.index[gone].reshape(-1))
+            # Two dims of one weight are cut one after the other.
+            expected[site.tensor] = expected[site.tensor].index_select(site.dim, torch.from_numpy(left))
+    found = slim.state_dict()
+    assert sum(v.numel() for v in found.values()) < 0.9 * sum(v.numel() for v in trained_ones.values())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    x, y = batches[0]
+    with torch.no_grad():
+        assert torch.equal(slim(x), net.eval().set_widths(units)(x))
+    # The last part of training ran this sub-network, so its running averages fit without recalibration.
+    x, y = (torch.cat(parts) for parts in zip(*batches[:4], strict=True))
+    assert (slim(x).argmax(1) == y).float().mean() > 0.5
+
+
 def test_the_policy_survives_an_interruption(tmp_path):
     whole, _, _ = trained("0.5x", epochs=4)
     with pytest.raises(KeyboardInterrupt):

@@ -22,7 +22,7 @@ STAGED = {"stages"}
 @pytest.mark.parametrize(
     ("function", "shared", "least"),
     [
-        (wk.make_supernet, {}, 8),
+        (wk.make_supernet, {"budget": ""}, 8),
         (wk.train, {}, 7),
         (wk.load_data, {}, 5),
         (wk.search, {}, 1),

@@ -1,8 +1,7 @@
-"""Search in stages with evolving bins: budgets, bins, widths as the next maximum, warm starts, resume."""
+"""Search in stages, with evolving bins and without: budgets, choices, maxima, warm starts, rankings, resume."""
 
 import itertools
 import json
-import re
 from dataclasses import replace
 from functools import partial
 
@@ -16,10 +15,11 @@ from widthkit.budget import parse_budget
 from widthkit.errors import BudgetError, CheckpointError, OptionError
 from widthkit.graph.plan import apply_plan
 from widthkit.graph.resize import narrow
-from widthkit.graph.space import bin_sizes, flops_bins
-from widthkit.run.stage_plan import StagePlan, first_beta
+from widthkit.graph.space import bin_sizes, flops_bins, uniform_space
+from widthkit.run.stage_plan import StagePlan
 from widthkit.run.stages import next_supernet, run_stages, search_in_stages
 from widthkit.supernet import make_supernet
+from widthkit.supernet.ranking import unit_scores
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.trace import trace
 
@@ -32,6 +32,7 @@ def staged(model=None, budget="0.5x", **options):
     options.setdefault("training", {"lr": 0.01, "device": "cpu", "progress": False})
     options.setdefault("searching", {"progress": False})
     options.setdefault("graph", small_graph())
+    options.setdefault("bins", 2.0 ** (options.get("stages", 3) - 1))
     return search_in_stages(model or small_net(), TRAIN, VALID, budget, epochs=1, **options)
 
 
@@ -72,16 +73,17 @@ def test_budgets_and_bins_follow_equation_10():
     assert plan.budget_at(4, first) == plan.budget
 
 
-def test_a_bound_that_the_full_network_holds_stays():
+@pytest.mark.parametrize("beta", [1.0, None])
+def test_a_bound_that_the_full_network_holds_stays(beta):
     graph = small_graph()
-    plan = StagePlan(parse_budget("0.5x,1Mparams", graph), stages=2)
+    plan = StagePlan(parse_budget("0.5x,1Mparams", graph), stages=2, beta=beta)
     assert plan.budget_at(1, flops_bins(graph)).limits[1].value == 1_000_000
 
 
 def test_the_line_starts_at_the_supernets_cost_where_it_is_wider_than_the_model():
     graph = small_graph()
     wide = flops_bins(graph, 1.0, max_width="1.5x")
-    plan = StagePlan(parse_budget("1x", graph), stages=2)
+    plan = StagePlan(parse_budget("1x", graph), stages=2, beta=2.0)
     full = graph.macs(wide.largest)
     assert plan.budget_at(1, wide).limits[0].value == pytest.approx((full + graph.macs()) / 2, abs=1)
 
@@ -90,12 +92,6 @@ def test_the_line_starts_at_the_supernets_cost_where_it_is_wider_than_the_model(
 def test_plans_that_make_no_sense(options):
     with pytest.raises(OptionError):
         StagePlan(parse_budget("0.5x", small_graph()), **options)
-
-
-@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), 1e-300, 1e300])
-def test_an_alpha_that_gives_no_first_bins_is_named(alpha):
-    with pytest.raises(OptionError, match=re.escape(f"alpha={alpha}")):
-        first_beta(alpha, 3)
 
 
 def test_a_later_space_has_the_found_widths_as_maximum_and_keeps_the_limits():
@@ -128,6 +124,128 @@ def test_a_later_supernet_computes_what_the_last_one_did(strategy):
         before = net.train(mode).set_widths(widths)(x)
         after = later.train(mode).set_widths(widths)(x)
         torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+
+
+# --- iterative pruning: no bins ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [1, 2, 5])
+def test_without_bins_budgets_fall_by_equal_ratios(stages):
+    """Closed form: full * (target / full) ** (t / T), for every bound by itself; the last is the target itself."""
+    graph = small_graph()
+    plan = StagePlan(parse_budget("0.2x,150params", graph), stages)
+    first = uniform_space(graph, 20)
+    full, target = (graph.macs(), graph.params()), [limit.value for limit in plan.budget.limits]
+    for stage in range(1, stages + 1):
+        expected = [f * (t / f) ** (stage / stages) for f, t in zip(full, target, strict=True)]
+        assert [limit.value for limit in plan.budget_at(stage, first).limits] == pytest.approx(expected, abs=1)
+        assert plan.beta_at(stage) is None
+    assert plan.budget_at(stages, first) == plan.budget
+
+
+def test_without_bins_a_later_space_has_the_first_choices_that_are_left():
+    graph = small_graph()
+    net = make_supernet(small_net(), "whole", graph=graph, k=4, min_width=2, divisor=2, fixed={"top.0": 5})
+    first = {g.name: g.options for g in net.space.groups}
+    plan = StagePlan(parse_budget("0.5x", graph), 3, divisor=2)
+    widths = {"stem.0": first["stem.0"][-2], "expand.0": first["expand.0"][1], "top.0": 5}
+    second = next_supernet(net, widths, plan, 2)
+    assert {g.name: g.options for g in second.space.groups} == {
+        n: tuple(o for o in options if o <= widths[n]) for n, options in first.items()
+    }
+    assert {g.name: g.width for g in second.space.groups} == widths == second.graph.full
+    narrowest = {**widths, "expand.0": first["expand.0"][0]}
+    third = next_supernet(second, narrowest, plan, 3, net)
+    assert third.space.groups[second.space.names.index("expand.0")].options == first["expand.0"][:1]
+    # Costs are those of the same widths in the model as it was given.
+    assert third.graph.macs() == graph.macs(narrowest)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_units_are_ranked_anew_at_every_stage(criterion):
+    """At the start of a stage the units of every group stand in the order of the weights that are left then."""
+    seen = []
+
+    def look(net):
+        found = unit_scores(net.model, net.graph, criterion, data=TRAIN)
+        seen.append([np.diff(values).max(initial=-1.0) <= 1e-6 for values in found.values()])
+
+    graph = small_graph()
+    options = {"graph": graph, "k": 6, "rank": criterion, "rank_data": TRAIN}
+    net = make_supernet(small_net(), "whole", **options)
+    plan = StagePlan(parse_budget("0.3x", graph), 3)
+
+    def train_stage(net, stage):
+        look(net)
+        wk.train(net, TRAIN, 3, lr=0.1, device="cpu", progress=False)
+
+    def search_stage(net, budget, stage):
+        return wk.search(net, VALID, budget, "importance", criterion=criterion, progress=False)
+
+    rank = partial(unit_scores, criterion=criterion, data=TRAIN)
+    run_stages(net, plan, train_stage, search_stage, rank)
+    assert seen == [[True] * 3] * 3
+    seen.clear()
+    net = make_supernet(small_net(), "whole", **options)
+    run_stages(net, plan, train_stage, search_stage)
+    assert seen[0] == [True] * 3
+    assert not all(seen[1]) or not all(seen[2])  # training changes the order, and nobody ranks
+
+
+@pytest.mark.parametrize(("strategy", "searcher"), [("whole", "greedy"), ("sparse", "importance"), ("ua", "random")])
+def test_iterative_pruning_works_with_any_strategy_and_searcher(strategy, searcher):
+    graph = small_graph()
+    found = staged(
+        budget="0.3x",
+        stages=3,
+        bins=None,
+        k=12,
+        strategy=strategy,
+        searcher=searcher,
+        rank="magnitude",
+        searching={"progress": False, **({"n": 4} if searcher == "random" else {})},
+    )
+    rows = found.result.settings["stages"]
+    for number, row in enumerate(rows, start=1):
+        assert row["macs"] <= graph.macs() * 0.3 ** (number / 3)
+        assert row["macs"] == graph.macs(row["widths"])
+    for last, now in itertools.pairwise(rows):
+        assert all(now["widths"][name] <= width for name, width in last["widths"].items())
+    slim = wk.export(found.net, found.result.widths)
+    assert sum(p.numel() for p in slim.parameters()) == found.result.params == graph.params(found.result.widths)
+
+
+def test_a_trained_model_is_cut_before_it_is_trained_again():
+    """With first_epochs=0 the first widths are those of a search on the model itself; with epochs=0 nothing trains."""
+    options = {"budget": "0.3x", "stages": 2, "bins": None, "k": 12, "strategy": "whole", "rank": "magnitude"}
+    found = staged(**options, searcher="greedy", first_epochs=0)
+    net = make_supernet(small_net(), "whole", graph=small_graph(), k=12, min_width=1, rank="magnitude")
+    budget = StagePlan(parse_budget("0.3x", small_graph()), 2).budget_at(1, net.space)
+    first = wk.search(net, VALID, budget, "greedy", progress=False)
+    assert found.result.settings["stages"][0]["widths"] == first.widths
+    plain = search_in_stages(
+        small_net(), [], VALID, epochs=0, searcher="greedy", min_width=1, graph=small_graph(), **options
+    )
+    assert plain.result.settings["stages"][0]["widths"] == first.widths
+    kept = dict(plain.net.model.named_parameters())["head.weight"]
+    assert all(any(torch.equal(c, d) for d in small_net().head.weight.T) for c in kept.T)
+
+
+def test_relative_targets_of_later_stages_mean_the_first_model():
+    found = staged(budget="0.3x", stages=2, bins=None, strategy="sparse", growth=0.1, searcher="importance", k=12)
+    assert found.net.graph.macs() < small_graph().macs()
+    assert found.net.strategy.target == "0.3x"
+    assert found.net.policy.budget == parse_budget("0.3x", small_graph())
+    gates = staged(budget="0.3x", stages=2, bins=None, strategy="dbc")
+    assert gates.net.policy.target == parse_budget("0.3x", small_graph()).limits[0].value
+    assert 0.25 * small_graph().macs() < gates.result.macs <= 0.3 * small_graph().macs()
+
+
+def test_scores_of_units_are_refused_because_they_fit_one_stage():
+    ones = {name: np.ones(width) for name, width in small_graph().full.items()}
+    with pytest.raises(OptionError, match="name a criterion"):
+        staged(stages=2, rank=ones)
+    assert staged(stages=1, rank=ones).result.macs <= 0.5 * small_graph().macs()
 
 
 # --- the whole search -------------------------------------------------------------------------------------------------
@@ -163,8 +281,9 @@ def test_one_stage_is_an_ordinary_search():
     assert found.result.widths == plain.widths
 
 
+@pytest.mark.parametrize("form", [{"bins": 2.0}, {"bins": None, "rank": "magnitude", "strategy": "sparse"}], ids=str)
 @pytest.mark.parametrize("n", [1, 5, 9])
-def test_an_interrupted_search_in_stages_goes_on_to_the_same_result(n, tmp_path):
+def test_an_interrupted_search_in_stages_goes_on_to_the_same_result(n, form, tmp_path):
     left = []
 
     def stop(trial, progress):
@@ -172,8 +291,8 @@ def test_an_interrupted_search_in_stages_goes_on_to_the_same_result(n, tmp_path)
         if len(left) == n:
             raise KeyboardInterrupt
 
-    run = partial(staged, stages=2, searcher="random")
-    quiet = {"n": 4, "progress": False}
+    run = partial(staged, stages=2, searcher="random", **form)
+    quiet = {"n": 5, "progress": False}
     whole = run(out=tmp_path / "whole", searching=quiet)
     total = sum(row["networks"] for row in whole.result.settings["stages"])
     assert total >= 9 or n < 9

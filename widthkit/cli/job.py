@@ -15,7 +15,6 @@ from widthkit.run.config import RunConfig
 from widthkit.run.final import finish
 from widthkit.run.folder import RunFolder
 from widthkit.run.option import SEARCH, SLIM, TRAIN
-from widthkit.run.stage_plan import with_first_bins
 from widthkit.run.steps import load_supernet, search, train_supernet
 from widthkit.search.outcome import describe
 from widthkit.train.parallel import process_index
@@ -52,7 +51,7 @@ def search_command(given: dict[str, Any], run: Folder, resume: Resume = False) -
 @with_run_options(SLIM)
 def slim_command(given: dict[str, Any], out: Out, resume: Resume = False) -> None:
     """Do all of it: train a supernet, search, export, train the result, compare with dense and uniform."""
-    config = with_first_bins(RunConfig(**given))
+    config = RunConfig(**given)
     built = build(config, RunFolder(out), final=True)
     built.folder.begin(config, SLIM, resume)
     train_supernet(built)

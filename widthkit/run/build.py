@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch.utils.data import Subset
 
 from widthkit.budget import Budget, parse_budget
 from widthkit.checked import checked
-from widthkit.errors import Option, OptionError
 from widthkit.modules.models import create_model, input_channels
 from widthkit.run.config import RunConfig
 from widthkit.run.folder import RunFolder
 from widthkit.run.stage_plan import StagePlan
+from widthkit.run.stages import Rank
 from widthkit.search import SEARCHERS, Judging, check_searcher
 from widthkit.search.measured import network_of
 from widthkit.supernet import Supernet, make_supernet
+from widthkit.supernet.ranking import unit_scores
 from widthkit.supernet.strategy import make_strategy
 from widthkit.trace import trace
 from widthkit.train import DataSplits, load_data, make_loader
@@ -61,15 +63,16 @@ class Built:
 
     @property
     def stage_plan(self) -> StagePlan:
-        """How the search goes on from stage to stage.
-
-        Raises:
-            OptionError: If there are several stages and the space has no FLOPs-sensitive bins.
-        """
+        """How the search goes on from stage to stage."""
         c = self.config
-        if c.stages != 1 and c.bins is None:
-            raise OptionError("a search in stages needs FLOPs-sensitive bins; train the supernet with ", Option("bins"))
-        return StagePlan(self.budget, c.stages, c.alpha, c.bins or 1.0, c.min_width, c.divisor, c.fixed)
+        return StagePlan(self.budget, c.stages, c.alpha, c.bins, c.min_width, c.divisor, c.fixed)
+
+    @property
+    def rank(self) -> Rank | None:
+        """How later stages rank the units of their supernets."""
+        if self.config.rank is None:
+            return None
+        return partial(unit_scores, criterion=self.config.rank, data=_ranking_batches(self.config, self.data))
 
     @property
     def factory_options(self) -> dict[str, Any]:
@@ -193,7 +196,8 @@ def _make_supernet(config: RunConfig, data: DataSplits) -> Supernet:
     model = fresh_model(config, data, config.seed, pretrained=config.pretrained)
     return make_supernet(
         model,
-        make_strategy(config.strategy, config.strategy_options).for_budget(config.budget),
+        make_strategy(config.strategy, config.strategy_options),
+        budget=config.budget,
         graph=trace(model, input_shape(data), freeze=config.freeze),
         k=config.k,
         bins=config.bins,

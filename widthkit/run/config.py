@@ -154,7 +154,8 @@ class RunConfig(BaseModel):
     stages: int = option(
         1,
         "Stages",
-        "Search in so many stages: bins get finer, and a stage starts from the widths that the last one found",
+        "Search in so many stages: each starts from the widths that the last one found, with units ranked anew; with "
+        "bins these get finer, without the network shrinks by equal ratios",
         ge=1,
         **_SEARCH,
     )

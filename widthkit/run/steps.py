@@ -102,7 +102,7 @@ def search(built: Built, *, resume: bool = True) -> SearchResult:
     def search_stage(net: Supernet, budget: Budget, stage: int) -> SearchResult:
         return _search_stage(built, net, budget, built.folder.stage(stage, built.config))
 
-    result = run_stages(built.net, built.stage_plan, train_stage, search_stage).result
+    result = run_stages(built.net, built.stage_plan, train_stage, search_stage, built.rank).result
     result.save(built.folder.result_file)
     return result
 
@@ -122,6 +122,7 @@ def supernet_of(built: Built, widths: Mapping[str, int]) -> Supernet:
         return built.net
     net, plan = built.net, built.stage_plan
     for before, row in itertools.pairwise(result.settings["stages"]):
+        # Not ranked: the weights that are loaded are.
         net = next_supernet(net, before["widths"], plan, row["stage"], built.net)
         load_supernet(built, net, row["stage"])
     return net

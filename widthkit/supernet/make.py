@@ -37,6 +37,7 @@ def make_supernet(
     rank_data: Iterable[Any] | None = None,
     rank_loss: Callable[[Any, Any], Tensor] | None = None,
     merges: bool = False,
+    budget: str | None = None,
     **options: Any,
 ) -> Supernet:
     """Turn any model into a weight-sharing supernet.
@@ -63,6 +64,7 @@ def make_supernet(
         rank_loss: Their loss; cross entropy by default.
         merges: The model has blocks that merge (RepVGG, MobileOne, :mod:`widthkit.modules.blocks`, your own): train the
             branches, but take widths from the merged network, where every layer is free; exports are merged.
+        budget: The budget of the search that follows, such as ``"0.5x"``, for strategies that use it in training.
         **options: Options of the strategy.
 
     Returns:
@@ -78,6 +80,8 @@ def make_supernet(
     torch.Size([1, 4, 4, 4])
     """
     chosen = make_strategy(strategy, options)
+    if budget is not None:
+        chosen = chosen.for_budget(budget)
     branched, model = (model, merge(model).train(model.training)) if merges else (None, model)
     if graph is None:
         graph = trace(model, example_inputs, freeze=freeze, free_outputs=free_outputs)

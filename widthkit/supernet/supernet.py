@@ -45,10 +45,12 @@ class Supernet(nn.Module):
         scores: Scores that rank the model's units; the strategy then says where each goes.
         branched: The network to train, whose blocks merge to ``model``. A sub-network of it is the whole network with
             the missing units multiplied by 0 where they are read.
+        reference: The channel graph of the network that costs such as ``"0.5x"`` refer to; the model's own by default.
 
     Attributes:
         model: The widest network, which holds all weights.
         graph: The channel graph of the model as it was given; costs of all widths are computed from it.
+        reference: The channel graph that relative costs refer to: the first stage's, where a search has several.
         wide_graph: The channel graph of :attr:`model`.
         slices: Runs sub-networks on slices of the model's tensors.
         space: The search space.
@@ -67,6 +69,7 @@ class Supernet(nn.Module):
         seed: int = 0,
         scores: Scores | None = None,
         branched: nn.Module | None = None,
+        reference: ChannelGraph | None = None,
     ) -> None:
         super().__init__()
         plan, self.wide_graph = grow(graph, capacities(space, strategy))
@@ -87,6 +90,7 @@ class Supernet(nn.Module):
         self.training = self.model.training
         self.dense = Dense.of(model)
         self.graph = graph
+        self.reference = reference or graph
         self.space = space
         self.strategy = strategy
         self.seed = seed

@@ -64,7 +64,7 @@ class DepthwiseBinary(Strategy):
 
     def attach(self, net: Supernet) -> Policy:
         """Make the gates."""
-        return Policy(net, target_macs("0.5x" if self.target is None else self.target, net.graph), self.start)
+        return Policy(net, target_macs("0.5x" if self.target is None else self.target, net.reference), self.start)
 
     def subnetworks(self, net: Supernet, widths: Mapping[str, int]) -> list[dict[str, IntArray]]:
         """One sub-network: of every group the units with the largest gates."""

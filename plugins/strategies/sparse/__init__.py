@@ -1,0 +1,1 @@
+"""Sparse training: a penalty on the norms of whole units."""
