@@ -202,3 +202,59 @@ def score_model(
     from widthkit.search.score_model import SCORE_MODELS
 
     run(data_dir, space, scores or None, seeds, budget, models or SCORE_MODELS.names(), _file(out))
+
+
+_RECOVER = {
+    "model": typer.Option(help="Network, as FILE.py:factory"),
+    "weights": typer.Option(help="Its trained weights"),
+    "data": typer.Option(help="npz file with the images"),
+    "epochs": typer.Option(min=0.1, help="Total cost of every way, in epochs of the dense network"),
+    "lr": typer.Option(help="Learning rate of all trainings"),
+}
+
+
+@app.command("recover")
+def recover(
+    model: Annotated[str, _RECOVER["model"]],
+    weights: Annotated[Path, _RECOVER["weights"]],
+    data: Annotated[Path, _RECOVER["data"]],
+    folder: Annotated[Path, typer.Option(help="Folder for checkpoints and rows; a second call goes on there")],
+    way: Annotated[list[str] | None, typer.Option(help="Only this way; all by default")] = None,
+    speedup: Annotated[list[float] | None, typer.Option(help="Times fewer MACs; 2.1 and 3 by default")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Rows per way")] = 3,
+    epochs: Annotated[float, _RECOVER["epochs"]] = 40,
+    lr: Annotated[float, _RECOVER["lr"]] = 0.05,
+    jobs: Annotated[int, typer.Option(min=1, help="Rows at a time, with one thread each")] = 2,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Make no rows")] = False,
+    out: Out = HERE / "recover" / "recover.json",
+) -> None:
+    """Slim a trained network in many ways at equal cost and compare what accuracy is kept."""
+    from benchmarks.recover.run import run, tasks
+    from benchmarks.recover.table import write_table
+    from benchmarks.recover.ways import ways
+
+    names = way or list(ways())
+    wanted = [] if table_only else list(tasks(names, speedup or [2.1, 3.0], seeds))
+    arguments = [f"--model={model}", f"--weights={weights}", f"--data={data}", f"--folder={folder}"]
+    run(wanted, [*arguments, f"--epochs={epochs}", f"--lr={lr}"], jobs, typer.echo)
+    write_table(folder, _file(out), epochs, lr)
+
+
+@app.command("recover-row", hidden=True)
+def recover_row(
+    way: str,
+    speedup: float,
+    seed: int,
+    model: Annotated[str, _RECOVER["model"]],
+    weights: Annotated[Path, _RECOVER["weights"]],
+    data: Annotated[Path, _RECOVER["data"]],
+    folder: Annotated[Path, typer.Option()],
+    epochs: Annotated[float, _RECOVER["epochs"]],
+    lr: Annotated[float, _RECOVER["lr"]],
+) -> None:
+    """Make one row of the table of ``recover``."""
+    from benchmarks.recover.row import Task
+    from benchmarks.recover.run import one
+    from benchmarks.recover.setup import Setup, final_settings
+
+    typer.echo(one(Setup(model, weights, data, epochs, final_settings(lr)), Task(way, speedup, seed), folder))
