@@ -14,6 +14,7 @@ from widthkit.run.build import build
 from widthkit.run.config import RunConfig
 from widthkit.run.final import finish
 from widthkit.run.folder import RunFolder
+from widthkit.run.given import evaluate_given
 from widthkit.run.option import SEARCH, SLIM, TRAIN
 from widthkit.run.stage_plan import with_first_bins
 from widthkit.run.steps import load_supernet, search, train_supernet
@@ -28,6 +29,7 @@ def train_command(given: dict[str, Any], out: Out, resume: Resume = False) -> No
     config = RunConfig(**given)
     built = build(config, RunFolder(out), search=False)
     built.folder.begin(config, TRAIN, resume)
+    evaluate_given(built)
     train_supernet(built)
     typer.echo(f"next: widthkit search {out} --budget {config.budget}")
 
@@ -55,6 +57,7 @@ def slim_command(given: dict[str, Any], out: Out, resume: Resume = False) -> Non
     config = with_first_bins(RunConfig(**given))
     built = build(config, RunFolder(out), final=True)
     built.folder.begin(config, SLIM, resume)
+    evaluate_given(built)
     train_supernet(built)
     results = finish(built, search(built))
     report_run(out)

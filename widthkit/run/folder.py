@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,10 @@ class RunFolder:
             options = {**given, **options}
         else:
             self.search_file.unlink(missing_ok=True)  # An earlier run that left no result may have left its search's.
-        atomic_json(self.config_file, {"format": 1, "command": command, "options": options})
+        record = {"format": 1, "command": command, "options": options}
+        if config.weights is not None:
+            record["weights_sha256"] = _digest(config.weights)
+        atomic_json(self.config_file, record)
 
     def config(self) -> RunConfig:
         """Read the run's options.
@@ -145,6 +149,22 @@ class RunFolder:
                 f"{self.path} holds an unfinished search; finish it with: {self._how(SEARCH, config)}"
             )
         return SearchResult.load(self.result_file)
+
+    def check_weights(self, config: RunConfig) -> None:
+        """Refuse to go on where the file of trained weights is not the one with which the run began.
+
+        Raises:
+            OptionError: If so.
+            CheckpointError: If the run's options are damaged.
+        """
+        if config.weights is None or not self.config_file.exists() or not self._has_results():
+            return
+        record = self._record()
+        before = record.get("weights_sha256")
+        if record["options"].get("weights") == config.weights and before != _digest(config.weights):
+            raise OptionError(
+                f"{config.weights} has changed since the run in {self.path} began; restore it, or start another run"
+            )
 
     def check_trained(self, config: RunConfig, stage: int = 1) -> None:
         """Refuse to go on without a trained supernet.
@@ -204,6 +224,10 @@ class RunFolder:
                     f"{self.path} holds a {what} with ", Option(name, value), ", not ", Option(name, now),
                     "; use the same options to resume",
                 )  # fmt: skip
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _read_record(path: Path) -> dict[str, Any]:
