@@ -78,7 +78,8 @@ class RunFolder:
             resume: Go on with what is there already.
 
         Raises:
-            OptionError: If it holds another run, or this one and ``resume`` was not asked for.
+            OptionError: If it holds another run, or this one and ``resume`` was not asked for, or if the weights' file
+                cannot be read.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OptionError(f"{self.path} is a file; ", Option("out"), " needs a folder")
@@ -154,7 +155,7 @@ class RunFolder:
         """Refuse to go on where the file of trained weights is not the one with which the run began.
 
         Raises:
-            OptionError: If so.
+            OptionError: If so, or if it cannot be read.
             CheckpointError: If the run's options are damaged.
         """
         if config.weights is None or not self.config_file.exists() or not self._has_results():
@@ -227,7 +228,10 @@ class RunFolder:
 
 
 def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise OptionError(Option("weights", file), f" cannot be read: {error.strerror or error}") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:
