@@ -147,3 +147,19 @@ def test_a_slim_network_moves_with_its_folder(folder, monkeypatch):
     (folder / "nets").rename(folder / "moved" / "nets")
     monkeypatch.chdir(folder / "moved")
     assert wk.load("nets/slim", allow=["nets/my-net.py:net"]).conv.out_channels == 3
+
+
+def test_tensors_of_a_module_have_values_after_loading(folder):
+    """The model is first built on the meta device, and the module is imported then."""
+    text = "import torch\nfrom torch import nn\nSHIFT = torch.tensor([2.0])\n"
+    text += "class Net(nn.Conv2d):\n    def forward(self, x):\n        return super().forward(x) + SHIFT\n"
+    (folder / "shifted.py").write_text(
+        text + "def net():\n    return nn.Sequential(Net(3, 4, 1), nn.Conv2d(4, 2, 1))\n"
+    )
+    model = wk.create_model("shifted.py:net").eval()
+    slim = wk.export(model, {"0": 3}, graph=trace(model, (1, 3, 8, 8))).eval()
+    wk.save(slim, folder / "slim", model="shifted.py:net")
+    x = torch.randn(2, 3, 8, 8)
+    truth = slim(x)
+    del sys.modules["widthkit_file_shifted"]
+    assert torch.equal(wk.load(folder / "slim", allow=["shifted.py:net"])(x), truth)

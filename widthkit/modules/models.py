@@ -43,6 +43,7 @@ class ModelName:
         >>> ModelName("torchvision/regnet_y_400mf").outline().fc.weight.device
         device(type='meta')
         """
+        self._import()
         with torch.random.fork_rng(devices=[]):
             try:
                 with torch.device("meta"):
@@ -61,8 +62,14 @@ class ModelName:
         Raises:
             ModelError: As :meth:`build`.
         """
+        self._import()
         with torch.random.fork_rng(devices=[]), _EmptyOnMeta(most):
             return self.build()
+
+    def _import(self) -> None:
+        """Import a user's own factory now: on the meta device, tensors of its module would have no values for good."""
+        if is_own(self.name):
+            own_factory(self.name)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
