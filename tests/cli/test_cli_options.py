@@ -31,11 +31,15 @@ OTHERS = {
     "model_options": {"depth": 3, "act": "relu", "digits": "3", "nested": [1, {"a": None}]},
     "freeze": ["stem.*", "head"],
     "pretrained": True,
+    "weights": "/data/my weights.pth",
+    "reset_head": True,
     "rank": "taylor",
     "rank_images": 16,
     "data": "folder:/data/my images",
     "data_dir": "/data/a b",
     "image_size": 48,
+    "mean": "0.1,0.2,0.3",
+    "std": "0.5",
     "limit": 100,
     "augment": True,
     "strategy": "windows",
@@ -184,7 +188,8 @@ def test_texts_that_cannot_be_read(words, hint, capfd, monkeypatch):
 
 def test_another_option_than_the_runs_is_named(tmp_path):
     folder = RunFolder(tmp_path)
-    config = RunConfig(**OTHERS)
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    config = RunConfig(**{**OTHERS, "weights": str(tmp_path / "w.pth")})
     folder.begin(config, "slim", resume=False)
     (tmp_path / "search.json").write_text("{}")
     folder.begin(config, "slim", resume=True)

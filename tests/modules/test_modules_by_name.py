@@ -56,7 +56,7 @@ def test_detection_models_fetch_no_weights():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "unknown model 'resnet18': write torchvision/NAME, timm/NAME or package.module:factory"),
+        ("resnet18", "unknown model 'resnet18': write torchvision/NAME, timm/NAME, package.module:factory or"),
         ("hub/resnet18", "unknown model 'hub/resnet18': write"),
         ("", "unknown model '': write"),
         ("torchvision/", "unknown model 'torchvision/': known:"),

@@ -23,8 +23,9 @@ from benchmarks.oracles import check_equal, outputs
 from widthkit.errors import DataError, OptionError
 from widthkit.graph import ChannelGraph
 from widthkit.graph.space import GroupChoices
-from widthkit.run.build import build, fresh_model
+from widthkit.run.build import build
 from widthkit.run.config import RunConfig
+from widthkit.run.dense import fresh_model
 from widthkit.run.folder import RunFolder
 from widthkit.supernet import make_supernet
 from widthkit.supernet.ranking import CRITERIA, unit_scores

@@ -14,6 +14,7 @@ from widthkit.run.build import build
 from widthkit.run.config import RunConfig
 from widthkit.run.final import finish
 from widthkit.run.folder import RunFolder
+from widthkit.run.given import evaluate_given
 from widthkit.run.option import SEARCH, SLIM, TRAIN
 from widthkit.run.steps import load_supernet, search, train_supernet
 from widthkit.search.outcome import describe
@@ -27,6 +28,7 @@ def train_command(given: dict[str, Any], out: Out, resume: Resume = False) -> No
     config = RunConfig(**given)
     built = build(config, RunFolder(out), search=False)
     built.folder.begin(config, TRAIN, resume)
+    evaluate_given(built)
     train_supernet(built)
     typer.echo(f"next: widthkit search {out} --budget {config.budget}")
 
@@ -54,6 +56,7 @@ def slim_command(given: dict[str, Any], out: Out, resume: Resume = False) -> Non
     config = RunConfig(**given)
     built = build(config, RunFolder(out), final=True)
     built.folder.begin(config, SLIM, resume)
+    evaluate_given(built)
     train_supernet(built)
     results = finish(built, search(built))
     report_run(out)

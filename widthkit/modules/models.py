@@ -1,21 +1,23 @@
-"""Models by name: ``torchvision/resnet50``, ``timm/efficientnet_b0``, ``package.module:factory``."""
+"""Models by name: ``torchvision/resnet50``, ``timm/efficientnet_b0``, ``module:factory``, ``FILE.py:factory``."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from widthkit.errors import ModelError, close_matches
+from widthkit.errors import ModelError, Option, OptionError, close_matches, one_line
 from widthkit.modules.merging import merge
+from widthkit.modules.own_factory import is_own, own_factory, own_factory_takes
 from widthkit.modules.structure import architecture, remember_image_size
+from widthkit.modules.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ModelName:
         >>> ModelName("torchvision/regnet_y_400mf").outline().fc.weight.device
         device(type='meta')
         """
+        self._import()
         with torch.random.fork_rng(devices=[]):
             try:
                 with torch.device("meta"):
@@ -59,8 +62,14 @@ class ModelName:
         Raises:
             ModelError: As :meth:`build`.
         """
+        self._import()
         with torch.random.fork_rng(devices=[]), _EmptyOnMeta(most):
             return self.build()
+
+    def _import(self) -> None:
+        """Import a user's own factory now: on the meta device, tensors of its module would have no values for good."""
+        if is_own(self.name):
+            own_factory(self.name)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -86,21 +95,35 @@ class _EmptyOnMeta(TorchFunctionMode):
 _MAKERS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye)
 
 
-def create_model(name: str, /, *, pretrained: bool = False, merged: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str,
+    /,
+    *,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    reset_head: bool = False,
+    merged: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
     """Build a model by name.
 
     Args:
-        name: ``torchvision/NAME``, ``timm/NAME``, or ``package.module:factory`` for your own.
+        name: ``torchvision/NAME``, ``timm/NAME``, or ``package.module:factory`` or ``FILE.py:factory`` for your own. A
+            file's path is relative to the current folder, and files beside it can be imported while it is imported.
         pretrained: Load the library's default weights (needs a network or a filled cache).
+        weights: Load trained weights from this file, as :func:`widthkit.modules.weights.load_weights` does.
+        reset_head: Allow that the head in the file has another size; it keeps its fresh values then.
         merged: Merge blocks of several branches (RepVGG, MobileOne...) into plain layers.
         **kwargs: Passed to the factory, such as ``num_classes=10``.
 
     Raises:
-        ModelError: If the name is unknown (with the close matches) or the factory fails.
+        ModelError: If the name is unknown (with the close matches), the factory fails, or the weights do not fit.
+        OptionError: If ``weights`` and ``pretrained`` are both given, or ``reset_head`` without ``weights``.
 
     >>> type(create_model("torchvision/resnet18", num_classes=10)).__name__
     'ResNet'
     """
+    check_start(pretrained, weights, reset_head)
     factory = _factory(name, pretrained)
     try:
         with warnings.catch_warnings():
@@ -109,12 +132,39 @@ def create_model(name: str, /, *, pretrained: bool = False, merged: bool = False
             model = factory(**kwargs)
     except Exception as error:
         shown = ", ".join(f"{k}={v!r}" for k, v in kwargs.items())
-        raise ModelError(f"{name}({shown}) cannot be built: {type(error).__name__}: {_line(error)}") from error
+        raise ModelError(f"{name}({shown}) cannot be built: {type(error).__name__}: {one_line(error, 200)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {type(model).__name__}, not an nn.Module")
     if name.startswith("torchvision/"):
         remember_image_size(model, _image_size(name.partition("/")[2]))
+    if weights is not None:
+        load_weights(model, weights, reset_head=reset_head)
     return merge(model) if merged else model
+
+
+def check_start(pretrained: bool, weights: str | Path | None, reset_head: bool) -> None:
+    """Refuse two sources of weights at once, and a head that is reset without a file.
+
+    Raises:
+        OptionError: If so.
+    """
+    if pretrained and weights is not None:
+        raise OptionError(Option("pretrained", True), " and ", Option("weights"), " exclude each other; choose one")
+    if reset_head and weights is None:
+        raise OptionError(Option("reset_head", True), " needs ", Option("weights"), ", the file whose head differs")
+
+
+def takes_argument(name: str, argument: str) -> bool:
+    """Whether a model's factory takes a keyword argument; those of torchvision and timm are given everything.
+
+    Args:
+        name: As in :func:`create_model`.
+        argument: The keyword.
+
+    Raises:
+        ModelError: If the name is that of a user's own factory, and there is none.
+    """
+    return not is_own(name) or own_factory_takes(name, argument)
 
 
 def _image_size(name: str) -> int | None:
@@ -128,14 +178,17 @@ def _image_size(name: str) -> int | None:
 
 
 def _factory(name: str, pretrained: bool) -> Callable[..., Any]:
+    if is_own(name):
+        target = own_factory(name)
+        return (lambda **kwargs: target(pretrained=True, **kwargs)) if pretrained else target
     source, slash, rest = name.partition("/")
     if slash and source == "torchvision":
         return _torchvision_factory(rest, pretrained)
     if slash and source == "timm":
         return _timm_factory(rest, pretrained)
-    if ":" in name:
-        return _own_factory(name, pretrained)
-    raise ModelError(f"unknown model '{name}': write torchvision/NAME, timm/NAME or package.module:factory")
+    raise ModelError(
+        f"unknown model '{name}': write torchvision/NAME, timm/NAME, package.module:factory or FILE.py:factory"
+    )
 
 
 def _torchvision_factory(name: str, pretrained: bool) -> Callable[..., Any]:
@@ -157,25 +210,6 @@ def _timm_factory(name: str, pretrained: bool) -> Callable[..., Any]:
     if not timm.is_model(name):
         raise ModelError(f"unknown model 'timm/{name}': {close_matches(name.split('.')[0], timm.list_models())}")
     return lambda **kwargs: timm.create_model(name, pretrained=pretrained, **kwargs)
-
-
-def _own_factory(name: str, pretrained: bool) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        target: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            target = getattr(target, part)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ModelError(f"unknown model '{name}': {_line(error)}") from error
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise ModelError(f"{module_name} cannot be imported: {type(error).__name__}: {_line(error)}") from error
-    if not callable(target):
-        raise ModelError(f"'{name}' is a {type(target).__name__}, not a factory that returns a model")
-    return (lambda **kwargs: target(pretrained=True, **kwargs)) if pretrained else target
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def input_channels(model: nn.Module) -> int:

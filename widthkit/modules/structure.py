@@ -61,9 +61,28 @@ def _is_plain(value: Any) -> bool:
 
 def architecture(model: nn.Module) -> str | None:
     """Return the name that timm built a model under, if timm did."""
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    name = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
+    name = _timm_entry(model, "architecture")
     return name if isinstance(name, str) else None
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of a model's classifiers: those that timm names, else the last linear or 2-D convolution.
+
+    >>> classifiers(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(8, 2), nn.Softmax(1)))
+    ('2',)
+    """
+    named = _timm_entry(model, "classifier")
+    if isinstance(named, str):
+        return (named,)
+    if isinstance(named, (tuple, list)):
+        return tuple(named)
+    return tuple(path for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))[-1:]
+
+
+def _timm_entry(model: nn.Module, key: str) -> Any:
+    """Return an entry of the configuration that timm stores with a model; ``None`` without one."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    return cfg.get(key) if isinstance(cfg, dict) else getattr(cfg, key, None)
 
 
 def remember_image_size(model: nn.Module, size: int | None) -> None:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
 from torch.utils.data import Subset
 
 from widthkit.budget import Budget, parse_budget
 from widthkit.checked import checked
-from widthkit.modules.models import create_model, input_channels
+from widthkit.modules.models import check_start
 from widthkit.run.config import RunConfig
+from widthkit.run.data import load_run_data
+from widthkit.run.dense import check_outputs, factory_options, fresh_model, input_shape
 from widthkit.run.folder import RunFolder
 from widthkit.run.stage_plan import StagePlan
 from widthkit.run.stages import Rank
@@ -25,15 +25,12 @@ from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.ranking import unit_scores
 from widthkit.supernet.strategy import make_strategy
 from widthkit.trace import trace
-from widthkit.train import DataSplits, load_data, make_loader
+from widthkit.train import DataSplits, make_loader
 from widthkit.train.engine import check_engine
 from widthkit.train.optim import make_optimizer
 from widthkit.train.settings import TrainSettings
 
 Say = Callable[[str], None]
-
-_SMALLEST_IMAGE = 32
-"""Networks that halve their input five times have nothing left to see of an 8x8 image."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Built:
     @property
     def factory_options(self) -> dict[str, Any]:
         """The arguments with which the model's factory builds the dense model for the data's classes."""
-        return {"num_classes": self.data.num_classes, **self.config.model_options}
+        return factory_options(self.config, self.data.num_classes)
 
 
 def build(
@@ -105,7 +102,9 @@ def build(
     if search:
         SEARCHERS.get(config.searcher)
     _check_training(config, search, final)
-    data = _load_data(config)
+    check_start(config.pretrained, config.weights, config.reset_head)
+    folder.check_weights(config)
+    data = load_run_data(config)
     net = _make_supernet(config, data)
     make_optimizer(net, _settings(config, config.epochs))
     make_loader(data.train, config.batch_size, train=True)
@@ -113,38 +112,6 @@ def build(
     if search:
         _check_search(built)
     return built
-
-
-def fresh_model(config: RunConfig, data: DataSplits, seed: int, *, pretrained: bool = False) -> nn.Module:
-    """Build the dense model for the data's classes, with weights drawn from a seed.
-
-    Args:
-        config: Names the model.
-        data: Its classes.
-        seed: Draws the weights.
-        pretrained: Copy the library's weights; a new head keeps its own.
-    """
-    options = {"num_classes": data.num_classes, **config.model_options}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = create_model(config.model, **options)
-    if pretrained:
-        load_matching(model, create_model(config.model, pretrained=True, **config.model_options))
-    return model
-
-
-def load_matching(model: nn.Module, pretrained: nn.Module) -> list[str]:
-    """Copy every tensor whose name and shape agree; return the names of those that stay as they are."""
-    source = pretrained.state_dict()
-    own = model.state_dict()
-    fitting = {n: t for n, t in source.items() if n in own and own[n].shape == t.shape}
-    model.load_state_dict(fitting, strict=False)
-    return sorted(set(own) - set(fitting))
-
-
-def input_shape(data: DataSplits, batch: int = 1) -> tuple[int, ...]:
-    """Return the shape of a batch of the data's images."""
-    return (batch, *data.train[0][0].shape)
 
 
 def _check_search(built: Built) -> None:
@@ -172,33 +139,15 @@ def _settings(config: RunConfig, epochs: int) -> TrainSettings:
     return checked(TrainSettings, {"epochs": epochs, **options})
 
 
-def _load_data(config: RunConfig) -> DataSplits:
-    channels = input_channels(create_model(config.model, **config.model_options))
-    data = _read_data(config, config.image_size, channels)
-    if config.image_size is None and min(data.native_size) < _SMALLEST_IMAGE:
-        return _read_data(config, _SMALLEST_IMAGE, channels)
-    return data
-
-
-def _read_data(config: RunConfig, image_size: int | None, channels: int) -> DataSplits:
-    return load_data(
-        config.data,
-        data_dir=config.data_dir,
-        image_size=image_size,
-        in_channels=channels,
-        seed=config.seed,
-        limit=config.limit,
-        augment=config.augment,
-    )
-
-
 def _make_supernet(config: RunConfig, data: DataSplits) -> Supernet:
-    model = fresh_model(config, data, config.seed, pretrained=config.pretrained)
+    model = fresh_model(config, data, config.seed, trained=True)
+    graph = trace(model, input_shape(data), freeze=config.freeze)
+    check_outputs(model, config, data)
     return make_supernet(
         model,
         make_strategy(config.strategy, config.strategy_options),
         budget=config.budget,
-        graph=trace(model, input_shape(data), freeze=config.freeze),
+        graph=graph,
         k=config.k,
         bins=config.bins,
         min_width=config.min_width,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from widthkit.errors import Option, OptionError
 from widthkit.run.option import SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of
@@ -37,13 +38,22 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str = option(
-        title="Dense model", help="torchvision/NAME, timm/NAME or package.module:factory", flag="MODEL", **_MODEL
+        title="Dense model",
+        help="torchvision/NAME, timm/NAME, package.module:factory or FILE.py:factory",
+        flag="MODEL",
+        **_MODEL,
     )
     model_options: dict[str, Any] = option(
         {}, "Model's arguments", "Argument of the model's factory; the value is JSON", flag="--model-option", **_MODEL
     )
     freeze: list[str] = option([], "Frozen modules", "Module path or pattern whose output widths stay", **_MODEL)
     pretrained: bool = option(False, "Pretrained weights", "Start from the library's weights", **_START)
+    weights: str | None = option(
+        None, "Trained weights", "Start from the weights of this file: safetensors or a PyTorch state dict", **_START
+    )
+    reset_head: bool = option(
+        False, "Fresh head", "Allow that the head in the file of weights has another size", **_START
+    )
     rank: str | None = option(
         None,
         "Ranking of units",
@@ -64,6 +74,14 @@ class RunConfig(BaseModel):
         ge=1,
         **_DATA,
     )
+    mean: str | None = option(
+        None,
+        "Mean",
+        "Means of the normalisation, as shares of 0..1 per channel, such as 0.485,0.456,0.406; by default those of the "
+        "trained weights where timm or torchvision state them, else the data's",
+        **_DATA,
+    )
+    std: str | None = option(None, "Deviation", "Deviations of the normalisation, in the same form", **_DATA)
     limit: int | None = option(None, "Most images", "Each part of the data is cut to so many images", ge=1, **_DATA)
     augment: bool = option(False, "Augmentation", "Crop and flip training images at random", **_DATA)
 
@@ -176,6 +194,12 @@ class RunConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _refusal(error) from None
+
+    @field_validator("weights")
+    @classmethod
+    def _from_any_folder(cls, value: str | None) -> str | None:
+        """Make the path absolute: a run may go on in another folder."""
+        return None if value is None else str(Path(value).expanduser().absolute())
 
     def training(self) -> dict[str, Any]:
         """Return the settings that every training of the run shares."""

@@ -14,7 +14,8 @@ from widthkit.files import atomic_json
 from widthkit.graph.space import uniform_space
 from widthkit.latency.slow_layers import is_slow, slow_layers, time_layers
 from widthkit.latency.timing import forward_latency
-from widthkit.run.build import Built, fresh_model, input_shape
+from widthkit.run.build import Built
+from widthkit.run.dense import fresh_model, input_shape
 from widthkit.run.steps import JUDGED_TOGETHER, supernet_of, training_batches
 from widthkit.search import SearchResult
 from widthkit.search.uniform import uniform_widths

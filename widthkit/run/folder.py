@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,8 @@ class RunFolder:
             resume: Go on with what is there already.
 
         Raises:
-            OptionError: If it holds another run, or this one and ``resume`` was not asked for.
+            OptionError: If it holds another run, or this one and ``resume`` was not asked for, or if the weights' file
+                cannot be read.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OptionError(f"{self.path} is a file; ", Option("out"), " needs a folder")
@@ -96,7 +98,10 @@ class RunFolder:
             options = {**given, **options}
         else:
             self.search_file.unlink(missing_ok=True)  # An earlier run that left no result may have left its search's.
-        atomic_json(self.config_file, {"format": 1, "command": command, "options": options})
+        record = {"format": 1, "command": command, "options": options}
+        if config.weights is not None:
+            record["weights_sha256"] = _digest(config.weights)
+        atomic_json(self.config_file, record)
 
     def config(self) -> RunConfig:
         """Read the run's options.
@@ -145,6 +150,22 @@ class RunFolder:
                 f"{self.path} holds an unfinished search; finish it with: {self._how(SEARCH, config)}"
             )
         return SearchResult.load(self.result_file)
+
+    def check_weights(self, config: RunConfig) -> None:
+        """Refuse to go on where the file of trained weights is not the one with which the run began.
+
+        Raises:
+            OptionError: If so, or if it cannot be read.
+            CheckpointError: If the run's options are damaged.
+        """
+        if config.weights is None or not self.config_file.exists() or not self._has_results():
+            return
+        record = self._record()
+        before = record.get("weights_sha256")
+        if record["options"].get("weights") == config.weights and before != _digest(config.weights):
+            raise OptionError(
+                f"{config.weights} has changed since the run in {self.path} began; restore it, or start another run"
+            )
 
     def check_trained(self, config: RunConfig, stage: int = 1) -> None:
         """Refuse to go on without a trained supernet.
@@ -204,6 +225,13 @@ class RunFolder:
                     f"{self.path} holds a {what} with ", Option(name, value), ", not ", Option(name, now),
                     "; use the same options to resume",
                 )  # fmt: skip
+
+
+def _digest(file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise OptionError(Option("weights", file), f" cannot be read: {error.strerror or error}") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Subset
 from widthkit.budget import Budget
 from widthkit.export import check_same, export, save
 from widthkit.graph.plan import kept_units
-from widthkit.run.build import Built, fresh_model
+from widthkit.run.build import Built
+from widthkit.run.dense import fresh_model
 from widthkit.run.stages import next_supernet, run_stages
 from widthkit.search import Judging, SearchResult
 from widthkit.search import search as search_widths

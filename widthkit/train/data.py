@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from widthkit.errors import DataError, Option, OptionError
+from widthkit.modules.inputs import INTERPOLATIONS, InputForm, check_normalisation
 from widthkit.train.datasets import ArrayDataset, FileDataset, ImageDataset, Preparation, collate
 from widthkit.train.images import IMAGENET_MEAN, IMAGENET_STD, check_channels, image_form, statistics, to_grey
 from widthkit.train.parts import Part, Source
@@ -39,6 +40,7 @@ class DataSplits:
         native_size: Height and width of the images as stored (in folders: of the first one).
         channels: Channels of the images as stored, 1 for grey.
         name: The name it was loaded by.
+        inputs: What happened to the images: normalisation, size, crop, interpolation, and where they come from.
     """
 
     train: Dataset[Any]
@@ -49,6 +51,7 @@ class DataSplits:
     native_size: tuple[int, int]
     channels: int
     name: str
+    inputs: InputForm
 
 
 def load_data(
@@ -60,6 +63,10 @@ def load_data(
     seed: int = 0,
     limit: int | None = None,
     augment: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop: float | None = None,
+    interpolation: str | None = None,
 ) -> DataSplits:
     """Load a data set; nothing is ever downloaded.
 
@@ -80,13 +87,20 @@ def load_data(
         limit: Keep at most this many samples of each part, classes in proportion.
         augment: Crop training images at random out of a black border of an eighth of their size, and mirror them
             (except digits); random numbers come from torch's global generator.
+        mean: Means with which pixels are normalised, as shares of 0..1, one per channel of the model or one for all;
+            by default those of the training split, in folders ImageNet's.
+        std: Deviations, likewise; both or neither.
+        crop: Resize images to ``image_size / crop`` and keep their centre of ``image_size``, as timm's ``crop_pct``.
+            By default all of the image is kept, in folders its largest centred square.
+        interpolation: ``bilinear`` (default) or ``bicubic``, for resizing.
 
     Returns:
-        The splits. Pixels are normalised with mean and deviation of the training split, in folders with ImageNet's.
+        The splits.
 
     Raises:
         DataError: If the name is unknown, an option is out of range, or the data are missing, damaged or of the
             wrong form.
+        OptionError: If ``mean``, ``std``, ``crop`` or ``interpolation`` is wrong.
 
     >>> data = load_data("digits", image_size=16)
     >>> len(data.train), len(data.valid), len(data.test), data.num_classes
@@ -98,12 +112,15 @@ def load_data(
     for option, value, low in (("image_size", image_size, 1), ("limit", limit, 1), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise DataError(Option(option), f" must be a whole number of at least {low}, not {value!r}.")
+    given = check_normalisation(mean, std, in_channels)
+    _check_resizing(crop, interpolation)
     source = read_source(name, None if data_dir is None else Path(data_dir).expanduser())
     native_size, channels = _form(source.train)
     for part in (source.valid, source.test):
         check_channels(channels if part is None else _form(part)[1], in_channels, name)
     parts = _split(source, seed, name)
-    quiet = _preparation(parts[0], image_size, in_channels, source.flip)
+    quiet, origin = _preparation(parts[0], image_size, in_channels, source.flip, given)
+    quiet = replace(quiet, crop_pct=crop or 1.0, interpolation=interpolation or "bilinear")
     train, valid, test = (part if limit is None else part.take(np.arange(len(part.labels))[:limit]) for part in parts)
     return DataSplits(
         train=_dataset(train, replace(quiet, augment=augment)),
@@ -114,6 +131,7 @@ def load_data(
         native_size=native_size,
         channels=channels,
         name=name,
+        inputs=_input_form(quiet, origin),
     )
 
 
@@ -184,17 +202,44 @@ def _form(part: Part) -> tuple[tuple[int, int], int]:
     return (height, width), channels
 
 
-def _preparation(train: Part, image_size: int | None, in_channels: int, flip: bool) -> Preparation:
-    """Decide size and normalisation from the whole training split, so that a limit does not change them."""
+def _check_resizing(crop: float | None, interpolation: str | None) -> None:
+    if crop is not None and not 0 < crop <= 1:
+        raise OptionError(Option("crop", crop), ": the share of an image that is kept is above 0 and at most 1")
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        raise OptionError(Option("interpolation", interpolation), f": choose from {', '.join(INTERPOLATIONS)}")
+
+
+def _preparation(
+    train: Part,
+    image_size: int | None,
+    in_channels: int,
+    flip: bool,
+    given: tuple[tuple[float, ...], tuple[float, ...]] | None,
+) -> tuple[Preparation, str]:
+    """Decide size and normalisation from the whole training split, so that a limit does not change them.
+
+    Returns:
+        The preparation, and where its normalisation comes from.
+    """
     native, _ = _form(train)
-    if not isinstance(train.images, tuple):
-        size = native if image_size is None else (image_size, image_size)
-        return Preparation(size, in_channels, *statistics(_pixels(train, in_channels)), augment=False, flip=flip)
-    side = min(*native, _LARGEST_FOLDER_SIZE) if image_size is None else image_size
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if in_channels == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return Preparation((side, side), in_channels, mean, std, augment=False, flip=flip)
+    files = isinstance(train.images, tuple)
+    side = min(*native, _LARGEST_FOLDER_SIZE) if files and image_size is None else image_size
+    size = native if side is None else (side, side)
+    if given is not None:
+        mean, std = (tuple(255 * value for value in values) for values in given)
+        origin = "the given mean and deviation"
+    elif files:
+        mean, std, origin = IMAGENET_MEAN, IMAGENET_STD, "ImageNet"
+        if in_channels == 1:
+            mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    else:
+        (mean, std), origin = statistics(_pixels(train, in_channels)), "the training images"
+    return Preparation(size, in_channels, mean, std, augment=False, flip=flip), origin
+
+
+def _input_form(preparation: Preparation, origin: str) -> InputForm:
+    mean, std = (tuple(value / 255 for value in values) for values in (preparation.mean, preparation.std))
+    return InputForm(mean, std, preparation.size, preparation.crop_pct, preparation.interpolation, origin)
 
 
 def _dataset(part: Part, preparation: Preparation) -> ImageDataset:

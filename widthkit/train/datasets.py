@@ -21,10 +21,12 @@ class Preparation:
     Attributes:
         size: Height and width.
         channels: Channels the model takes; grey pixels are repeated.
-        mean: Per stored channel, in grey levels of 0..255.
+        mean: Per stored channel or per channel that the model takes, in grey levels of 0..255.
         std: Likewise.
         augment: Whether to crop (and flip) at random.
         flip: Whether mirrored images make sense.
+        crop_pct: Images are resized to ``size / crop_pct``; the centre of ``size`` is kept.
+        interpolation: ``bilinear`` or ``bicubic``.
     """
 
     size: tuple[int, int]
@@ -33,13 +35,19 @@ class Preparation:
     std: tuple[float, ...]
     augment: bool
     flip: bool
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Resize ``(N, c, H, W)`` uint8 pixels of stored images and keep their centre: ``(N, c, *size)``."""
+        return resize(pixels, self.size, self.interpolation, self.crop_pct)
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Augment and normalise ``(N, c, H, W)`` uint8 pixels into ``(N, channels, H, W)`` float32 images."""
         if self.augment:
             pixels = crop_and_flip(pixels, self.flip)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        images = pixels.float().sub_(mean).div_(std)
+        images = (pixels.float() - mean).div_(std)
         return images.expand(-1, self.channels, -1, -1).contiguous()
 
 
@@ -104,11 +112,12 @@ class ArrayDataset(ImageDataset):
         super().__init__(labels, preparation)
         height, width = preparation.size
         small = images.shape[0] * images.shape[1] * height * width <= most_bytes
-        self.images = resize(images, preparation.size) if small else images
+        self.images = preparation.resized(images) if small else images
+        self._is_resized = small
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Return the images at ``indices``, resized now if they were too many to resize at once."""
-        return resize(self.images[indices], self.preparation.size)
+        return self.images[indices] if self._is_resized else self.preparation.resized(self.images[indices])
 
 
 class FileDataset(ImageDataset):
@@ -130,5 +139,7 @@ class FileDataset(ImageDataset):
         Raises:
             DataError: If a file is no readable image.
         """
-        size, stored = self.preparation.size, len(self.preparation.mean)
-        return torch.stack([decode(self.files[index], size, stored) for index in indices.tolist()])
+        p = self.preparation
+        return torch.stack(
+            [decode(self.files[i], p.size, p.channels, p.interpolation, p.crop_pct) for i in indices.tolist()]
+        )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from widthkit.errors import DataError
+from widthkit.modules.inputs import scaled
 
 # What networks pretrained on ImageNet expect, in grey levels of 0..255.
 IMAGENET_MEAN: tuple[float, ...] = (123.675, 116.28, 103.53)
@@ -49,12 +51,14 @@ def to_grey(images: Tensor) -> Tensor:
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).to(torch.uint8).unsqueeze(1)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize images with an antialiased bilinear filter.
+def resize(images: Tensor, size: tuple[int, int], interpolation: str = "bilinear", crop_pct: float = 1.0) -> Tensor:
+    """Resize images with an antialiased filter, and keep their centre.
 
     Args:
         images: ``(N, C, H, W)``, uint8.
-        size: Height and width to resize to.
+        size: Height and width of the result.
+        interpolation: ``bilinear`` or ``bicubic``.
+        crop_pct: Images are resized to ``size / crop_pct``; the centre of ``size`` is kept.
 
     Returns:
         ``(N, C, *size)``, uint8.
@@ -62,11 +66,11 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     >>> resize(torch.full((2, 1, 8, 8), 7, dtype=torch.uint8), (4, 4)).unique().tolist()
     [7]
     """
-    if tuple(images.shape[-2:]) == size or len(images) == 0:
-        return images
-    return torch.cat(
-        [F.interpolate(part, size, mode="bilinear", antialias=True) for part in torch.split(images, _CHUNK)]
-    )
+    whole = [scaled(side, crop_pct) for side in size]
+    if list(images.shape[-2:]) != whole and len(images):
+        parts = torch.split(images, _CHUNK)
+        images = torch.cat([F.interpolate(part, whole, mode=interpolation, antialias=True) for part in parts])
+    return center_crop(images, list(size)) if whole != list(size) else images
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -117,13 +121,17 @@ def crop_and_flip(images: Tensor, flip: bool) -> Tensor:
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def decode(path: str, size: tuple[int, int], channels: int) -> Tensor:
-    """Read an image file: its largest centred part of the wanted shape, resized.
+def decode(
+    path: str, size: tuple[int, int], channels: int, interpolation: str = "bilinear", crop_pct: float = 1.0
+) -> Tensor:
+    """Read an image file, resize it without changing its proportions, and keep its centre, as timm does.
 
     Args:
         path: The file.
-        size: Height and width.
+        size: Height and width of the result.
         channels: 1 for grey, 3 for RGB.
+        interpolation: ``bilinear`` or ``bicubic``.
+        crop_pct: The image is resized to cover ``size / crop_pct``; the centre of ``size`` is kept.
 
     Returns:
         ``(channels, *size)``, uint8.
@@ -131,12 +139,36 @@ def decode(path: str, size: tuple[int, int], channels: int) -> Tensor:
     Raises:
         DataError: If the file is no readable image.
     """
+    method = Image.Resampling[interpolation.upper()]
     try:
         with Image.open(path) as file:
-            image = ImageOps.fit(file.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.BILINEAR)
+            image = file.convert("L" if channels == 1 else "RGB")
+            image = image.resize(size[::-1], method, box=_centre(image.size, size[::-1], crop_pct))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path}: {' '.join(str(error).split())}; replace or delete it.") from error
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, channels).permute(2, 0, 1)
+
+
+def _centre(stored: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[float, float, float, float]:
+    """Return what a centre crop after resizing shows of the stored image: left, top, right, bottom in its pixels.
+
+    Args:
+        stored: Width and height of the image.
+        size: Width and height of the crop.
+        crop_pct: The share of the resized image's shorter side that the crop keeps.
+    """
+    covered = [scaled(side, crop_pct) for side in size]
+    tight = 0 if covered[0] * stored[1] >= covered[1] * stored[0] else 1
+    # Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them.
+    resized = [covered[tight] * side // stored[tight] for side in stored]
+    starts = [round((whole - side) / 2) for whole, side in zip(resized, size, strict=True)]
+    factors = [side / whole for side, whole in zip(stored, resized, strict=True)]
+    left, top = (start * factor for start, factor in zip(starts, factors, strict=True))
+    right, bottom = (
+        min((start + side) * factor, whole)
+        for start, side, factor, whole in zip(starts, size, factors, stored, strict=True)
+    )
+    return left, top, right, bottom
 
 
 def image_form(path: str) -> tuple[tuple[int, int], int]:
