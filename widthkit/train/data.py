@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from widthkit.errors import DataError, Option, OptionError
-from widthkit.train.datasets import ArrayDataset, FileDataset, ImageDataset, Preparation, collate
+from widthkit.train.augment import Augmentation, augmentation
+from widthkit.train.datasets import ArrayDataset, FileDataset, ImageDataset, Preparation, collate, collate_mixed
 from widthkit.train.images import IMAGENET_MEAN, IMAGENET_STD, check_channels, image_form, statistics, to_grey
 from widthkit.train.parts import Part, Source
 from widthkit.train.sources import read_source
@@ -41,9 +42,9 @@ class DataSplits:
         name: The name it was loaded by.
     """
 
-    train: Dataset[Any]
-    valid: Dataset[Any]
-    test: Dataset[Any]
+    train: ImageDataset
+    valid: ImageDataset
+    test: ImageDataset
     num_classes: int
     class_names: tuple[str, ...]
     native_size: tuple[int, int]
@@ -59,7 +60,7 @@ def load_data(
     in_channels: int = 3,
     seed: int = 0,
     limit: int | None = None,
-    augment: bool = False,
+    augment: bool | Mapping[str, Any] | Augmentation = False,
 ) -> DataSplits:
     """Load a data set; nothing is ever downloaded.
 
@@ -78,8 +79,9 @@ def load_data(
         in_channels: Channels the model takes. Grey is repeated for 3, RGB becomes luminance for 1.
         seed: Chooses the splits that the data set does not come with.
         limit: Keep at most this many samples of each part, classes in proportion.
-        augment: Crop training images at random out of a black border of an eighth of their size, and mirror them
-            (except digits); random numbers come from torch's global generator.
+        augment: What happens to training images at random: the settings of
+            :class:`widthkit.train.augment.Augmentation`. ``True`` crops them out of a black border of an eighth of
+            their size and mirrors half of them (except digits). Random numbers come from torch's global generator.
 
     Returns:
         The splits. Pixels are normalised with mean and deviation of the training split, in folders with ImageNet's.
@@ -87,6 +89,7 @@ def load_data(
     Raises:
         DataError: If the name is unknown, an option is out of range, or the data are missing, damaged or of the
             wrong form.
+        OptionError: If the images cannot be augmented like this.
 
     >>> data = load_data("digits", image_size=16)
     >>> len(data.train), len(data.valid), len(data.test), data.num_classes
@@ -98,15 +101,16 @@ def load_data(
     for option, value, low in (("image_size", image_size, 1), ("limit", limit, 1), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise DataError(Option(option), f" must be a whole number of at least {low}, not {value!r}.")
+    how = augmentation(augment)
     source = read_source(name, None if data_dir is None else Path(data_dir).expanduser())
     native_size, channels = _form(source.train)
     for part in (source.valid, source.test):
         check_channels(channels if part is None else _form(part)[1], in_channels, name)
     parts = _split(source, seed, name)
-    quiet = _preparation(parts[0], image_size, in_channels, source.flip)
+    quiet = _preparation(parts[0], image_size, in_channels, source)
     train, valid, test = (part if limit is None else part.take(np.arange(len(part.labels))[:limit]) for part in parts)
     return DataSplits(
-        train=_dataset(train, replace(quiet, augment=augment)),
+        train=_dataset(train, replace(quiet, augment=how)),
         valid=_dataset(valid, quiet),
         test=_dataset(test, quiet),
         num_classes=len(source.class_names),
@@ -125,7 +129,8 @@ def make_loader(
     Args:
         dataset: Any map-style data set with a length.
         batch_size: Images per batch.
-        train: Shuffle, and leave a last, smaller batch out (batch norm suffers from it); else neither.
+        train: Shuffle, mix images if their augmentation says so, and leave a last, smaller batch out (batch norm
+            suffers from it); else nothing of this.
         seed: Makes the order.
         workers: Processes that load data; worth it for folders, not for data in memory.
 
@@ -151,7 +156,7 @@ def make_loader(
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=collate,
+        collate_fn=collate_mixed if train else collate,
     )
 
 
@@ -184,17 +189,18 @@ def _form(part: Part) -> tuple[tuple[int, int], int]:
     return (height, width), channels
 
 
-def _preparation(train: Part, image_size: int | None, in_channels: int, flip: bool) -> Preparation:
+def _preparation(train: Part, image_size: int | None, in_channels: int, source: Source) -> Preparation:
     """Decide size and normalisation from the whole training split, so that a limit does not change them."""
     native, _ = _form(train)
+    plain: dict[str, Any] = {"augment": Augmentation(), "flip": source.flip, "classes": len(source.class_names)}
     if not isinstance(train.images, tuple):
         size = native if image_size is None else (image_size, image_size)
-        return Preparation(size, in_channels, *statistics(_pixels(train, in_channels)), augment=False, flip=flip)
+        return Preparation(size, in_channels, *statistics(_pixels(train, in_channels)), **plain)
     side = min(*native, _LARGEST_FOLDER_SIZE) if image_size is None else image_size
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if in_channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return Preparation((side, side), in_channels, mean, std, augment=False, flip=flip)
+    return Preparation((side, side), in_channels, mean, std, **plain)
 
 
 def _dataset(part: Part, preparation: Preparation) -> ImageDataset:

@@ -179,7 +179,7 @@ class Trainer:
         self.precision.update(self.optimizer, self.parameters, self.settings.clip_grad)
         self.updates += 1
         self.schedule.at(self._progress() * self.settings.epochs)
-        totals.add(loss, count_correct(context.outputs, targets), batch_size(inputs))
+        totals.add(loss, count_correct(context.outputs, targets, self.loss), batch_size(inputs))
 
     def _context(self, inputs: Any, targets: Any) -> StepContext:
         seed = mix(self.seed, parallel.process_index(), self.updates)
