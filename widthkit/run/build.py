@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from widthkit.budget import Budget, parse_budget
-from widthkit.checked import checked
 from widthkit.errors import Option, OptionError
 from widthkit.modules.models import create_model, input_channels
 from widthkit.run.config import RunConfig
 from widthkit.run.folder import RunFolder
+from widthkit.run.recipe import Recipe, TrainingRecipe
 from widthkit.run.stage_plan import StagePlan
 from widthkit.search import SEARCHERS, Judging, check_searcher
 from widthkit.search.measured import network_of
@@ -26,7 +26,6 @@ from widthkit.trace import trace
 from widthkit.train import DataSplits, load_data, make_loader
 from widthkit.train.engine import check_engine
 from widthkit.train.optim import make_optimizer
-from widthkit.train.settings import TrainSettings
 
 Say = Callable[[str], None]
 
@@ -43,6 +42,7 @@ class Built:
         folder: Where results go.
         data: The data set.
         net: The supernet of the first stage.
+        recipe: How networks are trained.
         say: Called with one line per step.
         progress: Show progress bars.
     """
@@ -51,6 +51,7 @@ class Built:
     folder: RunFolder
     data: DataSplits
     net: Supernet
+    recipe: Recipe
     say: Say
     progress: bool = True
 
@@ -101,12 +102,16 @@ def build(
     """
     if search:
         SEARCHERS.get(config.searcher)
-    _check_training(config, search, final)
+    recipe = folder.recipe(config)
+    trainings = [recipe.supernet] + [recipe.calibration] * search + [recipe.final] * final
+    for how in trainings:
+        check_engine(how.mixed_precision, config.device)
     data = _load_data(config)
-    net = _make_supernet(config, data)
-    make_optimizer(net, _settings(config, config.epochs))
-    make_loader(data.train, config.batch_size, train=True)
-    built = Built(config, folder, data, net, say or (lambda line: print(line, file=sys.stderr)), progress)
+    net = _make_supernet(config, recipe, data)
+    for how in trainings:
+        make_optimizer(net, how)
+        training_data(data, how, config.seed)
+    built = Built(config, folder, data, net, recipe, say or (lambda line: print(line, file=sys.stderr)), progress)
     if search:
         _check_search(built)
     return built
@@ -139,6 +144,15 @@ def load_matching(model: nn.Module, pretrained: nn.Module) -> list[str]:
     return sorted(set(own) - set(fitting))
 
 
+def training_data(data: DataSplits, how: TrainingRecipe, seed: int) -> DataLoader[Any]:
+    """Return the batches of a training, in the order of a seed.
+
+    Raises:
+        OptionError: If the data cannot be augmented as the recipe says.
+    """
+    return make_loader(data.train.augmented(how.augment), how.batch_size, train=True, seed=seed)
+
+
 def input_shape(data: DataSplits, batch: int = 1) -> tuple[int, ...]:
     """Return the shape of a batch of the data's images."""
     return (batch, *data.train[0][0].shape)
@@ -150,23 +164,6 @@ def _check_search(built: Built) -> None:
     built.stage_plan.check(built.net.space)
     Judging(memory=c.search_memory)
     check_searcher(c.searcher, built.net, built.budget, c.searcher_options, can_train=True)
-
-
-def _check_training(config: RunConfig, search: bool, final: bool) -> None:
-    """Refuse trainings that could not start."""
-    epochs = [config.epochs]
-    if search:
-        epochs.append(config.stand_alone_epochs)
-    if final and config.final_epochs:
-        epochs.append(config.final_epochs)
-    for count in epochs:
-        _settings(config, count)
-    check_engine(config.mixed_precision, config.device)
-
-
-def _settings(config: RunConfig, epochs: int) -> TrainSettings:
-    options = {name: value for name, value in config.training().items() if name != "device"}
-    return checked(TrainSettings, {"epochs": epochs, **options})
 
 
 def _load_data(config: RunConfig) -> DataSplits:
@@ -185,11 +182,10 @@ def _read_data(config: RunConfig, image_size: int | None, channels: int) -> Data
         in_channels=channels,
         seed=config.seed,
         limit=config.limit,
-        augment=config.augment,
     )
 
 
-def _make_supernet(config: RunConfig, data: DataSplits) -> Supernet:
+def _make_supernet(config: RunConfig, recipe: Recipe, data: DataSplits) -> Supernet:
     model = fresh_model(config, data, config.seed, pretrained=config.pretrained)
     return make_supernet(
         model,
@@ -203,10 +199,10 @@ def _make_supernet(config: RunConfig, data: DataSplits) -> Supernet:
         fixed=config.fixed,
         seed=config.seed,
         rank=config.rank,
-        rank_data=_ranking_batches(config, data) if config.rank else None,
+        rank_data=_ranking_batches(config, recipe, data) if config.rank else None,
     )
 
 
-def _ranking_batches(config: RunConfig, data: DataSplits) -> Iterable[Any]:
+def _ranking_batches(config: RunConfig, recipe: Recipe, data: DataSplits) -> Iterable[Any]:
     count = min(config.rank_images, len(data.train))  # type: ignore[arg-type]
-    return make_loader(Subset(data.train, range(count)), config.batch_size, train=False)
+    return make_loader(Subset(data.train, range(count)), recipe.supernet.batch_size, train=False)

@@ -2,6 +2,7 @@
 
 =======================  ==============================================================
 ``run.json``             the options, and the command that started the run
+``recipe.yaml``          how its networks are trained, every value
 ``supernet/``            checkpoint of the supernet's training
 ``search-options.json``  the search's options
 ``search.json``          widths, score, history
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from widthkit.errors import CheckpointError, Option, OptionError
-from widthkit.files import atomic_json
+from widthkit.files import atomic_json, atomic_write
 from widthkit.run.config import RunConfig, command_line
 from widthkit.run.option import SEARCH, SLIM, TRAIN
+from widthkit.run.recipe import Recipe, is_file, recipe
 from widthkit.search import SearchResult
 from widthkit.train.result import epochs_done
 
@@ -44,6 +46,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The run's options."""
         return self.path / "run.json"
+
+    @property
+    def recipe_file(self) -> Path:
+        """How the run's networks are trained."""
+        return self.path / "recipe.yaml"
 
     @property
     def search_file(self) -> Path:
@@ -91,12 +98,35 @@ class RunFolder:
             record, before = self._record(), self.config()
             given = {name: getattr(before, name) for name in record["options"]}
             self._check_same("run", {name: value for name, value in given.items() if name in options}, config)
+            if is_file(config.recipe):
+                self._check_recipe(config)
             # A slim run stays a slim run when it is resumed with train.
             command = SLIM if SLIM in (command, record["command"]) else command
             options = {**given, **options}
         else:
             self.search_file.unlink(missing_ok=True)  # An earlier run that left no result may have left its search's.
+        atomic_write(self.recipe_file, self.recipe(config).to_yaml().encode())
         atomic_json(self.config_file, {"format": 1, "command": command, "options": options})
+
+    def recipe(self, config: RunConfig) -> Recipe:
+        """Return the recipe of the run that the folder holds, or the options' where it holds none.
+
+        Values that options give take part, so a later step may have its own.
+
+        Args:
+            config: The options.
+
+        Raises:
+            OptionError: If an option makes no sense.
+            CheckpointError: If the stored recipe is damaged.
+        """
+        if not (self.config_file.exists() and self.recipe_file.exists() and self._has_results()):
+            return config.resolved()
+        try:
+            stored = recipe(self.recipe_file)
+        except OptionError as error:
+            raise _damaged(self.recipe_file, error) from error
+        return stored.changed(config.recipe_changes())
 
     def config(self) -> RunConfig:
         """Read the run's options.
@@ -156,14 +186,14 @@ class RunFolder:
         Raises:
             CheckpointError: If there is none, or if its training was interrupted; the line says how to finish it.
         """
-        done = epochs_done(self.supernet(stage))
-        if done == 0:
+        done, epochs = epochs_done(self.supernet(stage)), self.recipe(config).supernet.epochs
+        if done == 0 and epochs:
             raise CheckpointError(f"{self.path} holds no trained supernet; run widthkit train first")
-        if done < config.epochs:
+        if done < epochs:
             command = self._record()["command"]
             searching = stage > 1 and command == TRAIN
             raise CheckpointError(
-                f"the supernet in {self.supernet(stage)} has {done} of {config.epochs} epochs; finish it with: "
+                f"the supernet in {self.supernet(stage)} has {done} of {epochs} epochs; finish it with: "
                 f"{self._how(SEARCH, config) if searching else self._how(command, self.config())}"
             )
 
@@ -195,6 +225,17 @@ class RunFolder:
     def _has_search(self) -> bool:
         """Whether anything is here that a search has found; its options alone are nothing."""
         return any(any(self.path.glob(f"{place}search{kind}")) for place in ("", "stage-*/") for kind in _SEARCHED)
+
+    def _check_recipe(self, config: RunConfig) -> None:
+        """Refuse a recipe that was edited after the run began."""
+        difference = next(self.recipe(config).differences(config.resolved()), None)
+        if difference is not None:
+            name, before, now = difference
+            raise OptionError(
+                f"{self.path} holds a run with {name}={before}, {config.recipe} now says {name}={now}; "
+                f"use {self.recipe_file} or another ",
+                Option("out"),
+            )
 
     def _check_same(self, what: str, before: Mapping[str, Any], config: RunConfig) -> None:
         for name, value in before.items():

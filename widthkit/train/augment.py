@@ -152,14 +152,18 @@ class Augmentation(CheckedSettings):
         return mixed
 
 
-def _named(value: Any) -> Any:
-    """Spell out what true and false mean as an augmentation."""
-    if isinstance(value, bool) or value is None:
+def spelled_out(value: Any) -> Any:
+    """Turn an augmentation, or true and false where one is wanted, into settings by name; anything else stays.
+
+    >>> spelled_out(True), spelled_out(False)
+    ({'crop': 0.125, 'flip': True}, {})
+    """
+    if isinstance(value, bool):
         return {"crop": 0.125, "flip": True} if value else {}
-    return value
+    return value.model_dump() if isinstance(value, Augmentation) else value
 
 
-AnyAugmentation = Annotated[Augmentation, BeforeValidator(_named)]
+AnyAugmentation = Annotated[Augmentation, BeforeValidator(spelled_out)]
 """A field that also takes true (crop out of a border of an eighth, and mirror) and false."""
 
 
@@ -176,7 +180,7 @@ def augmentation(value: bool | Mapping[str, Any] | Augmentation) -> Augmentation
     >>> augmentation(True) == augmentation({"crop": 0.125, "flip": True})
     True
     """
-    return value if isinstance(value, Augmentation) else checked(Augmentation, _named(value))
+    return value if isinstance(value, Augmentation) else checked(Augmentation, spelled_out(value))
 
 
 def random_part(image: Tensor | Image.Image, least: float) -> Box:
