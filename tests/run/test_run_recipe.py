@@ -185,11 +185,11 @@ def test_a_run_keeps_its_recipe(tmp_path):
     mine = write(tmp_path, "common: {lr: 0.01, batch_size: 30}\nsupernet: {epochs: 1}\nfinal: {epochs: 1}\n")
     options = {"lr": None, "batch_size": None, "epochs": None, "final_epochs": None}
     config, folder = trained(tmp_path, recipe=str(mine), **options)
-    stored = wk.recipe(folder.recipe_file)
+    stored = wk.recipe(folder.path / "recipe.yaml")
     assert stored == wk.recipe(mine)
     folder.begin(config, "train", resume=True)
     mine.write_text(mine.read_text().replace("0.01", "0.02"))
-    with pytest.raises(OptionError, match=r"with supernet.lr=0.01, .*my.yaml now says supernet.lr=0.02; use .*recipe"):
+    with pytest.raises(OptionError, match=r"with supernet.lr=0.01, .*my.yaml now says supernet.lr=0.02; put"):
         folder.begin(config, "train", resume=True)
     # Later steps need the file no more.
     mine.unlink()
@@ -198,16 +198,16 @@ def test_a_run_keeps_its_recipe(tmp_path):
 
 def test_a_changed_shipped_recipe_changes_no_old_run(tmp_path):
     config, folder = trained(tmp_path, lr=None)
-    text = folder.recipe_file.read_text()
+    text = (folder.path / "recipe.yaml").read_text()
     assert "lr: 0.05" in text
-    folder.recipe_file.write_text(text.replace("lr: 0.05", "lr: 0.04"))  # as if "default" had said so then
+    (folder.path / "recipe.yaml").write_text(text.replace("lr: 0.05", "lr: 0.04"))  # as if "default" had said so then
     folder.begin(config, "train", resume=True)
     assert folder.recipe(config).supernet.lr == 0.04
     # A later step may still have values of its own.
     later = folder.recipe(config.changed({"stand_alone_epochs": 3, "final_epochs": 4}))
     assert (later.calibration.epochs, later.final.epochs, later.final.lr) == (3, 4, 0.04)
-    folder.recipe_file.write_text("supernet: {lr: [")
-    with pytest.raises(CheckpointError, match="is damaged"):
+    (folder.path / "recipe.yaml").write_text("supernet: {lr: [")
+    with pytest.raises(CheckpointError, match="the run is damaged"):
         folder.recipe(config)
 
 
@@ -255,10 +255,21 @@ def test_no_epochs_train_nothing(tmp_path, capfd, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in built.net.state_dict().items())
     assert not folder.supernet().exists()
     train = ["train", TINY["model"], "--data", "digits", "--image-size", "16", "--limit", "60", "--k", "4"]
-    out = tmp_path / "other"
-    assert here(capfd, monkeypatch, *train, "--epochs", "0", "--out", out).returncode in (0, None)
+    out, mine = tmp_path / "other", write(tmp_path, "supernet: {epochs: 0}")
+    assert here(capfd, monkeypatch, *train, "--recipe", mine, "--out", out).returncode in (0, None)
+    mine.unlink()  # the run has a copy
     done = here(capfd, monkeypatch, "search", out, "--searcher", "random", "--searcher-option", "n=3")
     assert done.returncode in (0, None), done.stderr
     done = here(capfd, monkeypatch, "export", out)
     assert done.returncode in (0, None), done.stderr
     assert (out / "slim.safetensors").exists()
+
+
+def test_a_start_without_results_leaves_no_recipe_behind(tmp_path):
+    mine = write(tmp_path, "common: {lr: 0.01}")
+    config, folder = run_of(tmp_path, recipe=str(mine), lr=None)
+    folder.begin(config, "train", resume=False)
+    mine.write_text("common: {lr: 0.02}")
+    assert build(config, folder, search=False, progress=False).recipe.supernet.lr == 0.02
+    folder.begin(config, "train", resume=False)
+    assert wk.recipe(folder.path / "recipe.yaml").supernet.lr == 0.02

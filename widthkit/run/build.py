@@ -84,6 +84,7 @@ def build(
     *,
     search: bool = True,
     final: bool = False,
+    begins: bool = True,
     say: Say | None = None,
     progress: bool = True,
 ) -> Built:
@@ -94,6 +95,7 @@ def build(
         folder: Where results go; nothing is written yet.
         search: A search follows; its options are checked too.
         final: Final trainings follow; their options are checked too.
+        begins: The run may begin here; otherwise the folder holds it, and it goes on by its own recipe.
         say: Called with one line per step; standard error by default.
         progress: Show progress bars.
 
@@ -102,7 +104,7 @@ def build(
     """
     if search:
         SEARCHERS.get(config.searcher)
-    recipe = folder.recipe(config)
+    recipe = folder.recipe(config, begins=begins)
     trainings = [recipe.supernet] + [recipe.calibration] * search + [recipe.final] * final
     for how in trainings:
         check_engine(how.mixed_precision, config.device)

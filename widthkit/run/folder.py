@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from widthkit.errors import CheckpointError, Option, OptionError
-from widthkit.files import atomic_json, atomic_write
+from widthkit.files import atomic_json
 from widthkit.run.config import RunConfig, command_line
+from widthkit.run.kept_recipe import check_not_edited, keep_recipe, kept_recipe
 from widthkit.run.option import SEARCH, SLIM, TRAIN
-from widthkit.run.recipe import Recipe, is_file, recipe
+from widthkit.run.recipe import Recipe
 from widthkit.search import SearchResult
 from widthkit.train.result import epochs_done
 
@@ -46,11 +47,6 @@ class RunFolder:
     def config_file(self) -> Path:
         """The run's options."""
         return self.path / "run.json"
-
-    @property
-    def recipe_file(self) -> Path:
-        """How the run's networks are trained."""
-        return self.path / "recipe.yaml"
 
     @property
     def search_file(self) -> Path:
@@ -97,36 +93,29 @@ class RunFolder:
                 )  # fmt: skip
             record, before = self._record(), self.config()
             given = {name: getattr(before, name) for name in record["options"]}
-            self._check_same("run", {name: value for name, value in given.items() if name in options}, config)
-            if is_file(config.recipe):
-                self._check_recipe(config)
+            _check_same(self.path, "run", {name: value for name, value in given.items() if name in options}, config)
+            check_not_edited(self.path, config)
             # A slim run stays a slim run when it is resumed with train.
             command = SLIM if SLIM in (command, record["command"]) else command
             options = {**given, **options}
         else:
             self.search_file.unlink(missing_ok=True)  # An earlier run that left no result may have left its search's.
-        atomic_write(self.recipe_file, self.recipe(config).to_yaml().encode())
+        keep_recipe(self.path, self.recipe(config, begins=True))
         atomic_json(self.config_file, {"format": 1, "command": command, "options": options})
 
-    def recipe(self, config: RunConfig) -> Recipe:
-        """Return the recipe of the run that the folder holds, or the options' where it holds none.
-
-        Values that options give take part, so a later step may have its own.
+    def recipe(self, config: RunConfig, *, begins: bool = False) -> Recipe:
+        """Return the recipe of the run that the folder holds, with the options' values; the options' if it holds none.
 
         Args:
             config: The options.
+            begins: A run may begin here; what an earlier one has left counts only if it has results.
 
         Raises:
             OptionError: If an option makes no sense.
-            CheckpointError: If the stored recipe is damaged.
+            CheckpointError: If the run's recipe is damaged.
         """
-        if not (self.config_file.exists() and self.recipe_file.exists() and self._has_results()):
-            return config.resolved()
-        try:
-            stored = recipe(self.recipe_file)
-        except OptionError as error:
-            raise _damaged(self.recipe_file, error) from error
-        return stored.changed(config.recipe_changes())
+        goes_on = self.config_file.exists() and (not begins or self._has_results())
+        return kept_recipe(self.path, config) if goes_on else config.resolved()
 
     def config(self) -> RunConfig:
         """Read the run's options.
@@ -149,7 +138,7 @@ class RunFolder:
                 " to continue it or delete search*.json* and stage-*",
             )  # fmt: skip
         if earlier and self.search_file.exists():
-            self._check_same("search", self.searched_config().of(SEARCH), config)
+            _check_same(self.path, "search", self.searched_config().of(SEARCH), config)
         atomic_json(self.search_file, {"format": 1, "options": config.of(SEARCH)})
 
     def searched_config(self) -> RunConfig:
@@ -226,25 +215,15 @@ class RunFolder:
         """Whether anything is here that a search has found; its options alone are nothing."""
         return any(any(self.path.glob(f"{place}search{kind}")) for place in ("", "stage-*/") for kind in _SEARCHED)
 
-    def _check_recipe(self, config: RunConfig) -> None:
-        """Refuse a recipe that was edited after the run began."""
-        difference = next(self.recipe(config).differences(config.resolved()), None)
-        if difference is not None:
-            name, before, now = difference
-            raise OptionError(
-                f"{self.path} holds a run with {name}={before}, {config.recipe} now says {name}={now}; "
-                f"use {self.recipe_file} or another ",
-                Option("out"),
-            )
 
-    def _check_same(self, what: str, before: Mapping[str, Any], config: RunConfig) -> None:
-        for name, value in before.items():
-            now = getattr(config, name)
-            if now != value:
-                raise OptionError(
-                    f"{self.path} holds a {what} with ", Option(name, value), ", not ", Option(name, now),
-                    "; use the same options to resume",
-                )  # fmt: skip
+def _check_same(path: Path, what: str, before: Mapping[str, Any], config: RunConfig) -> None:
+    for name, value in before.items():
+        now = getattr(config, name)
+        if now != value:
+            raise OptionError(
+                f"{path} holds a {what} with ", Option(name, value), ", not ", Option(name, now),
+                "; use the same options to resume",
+            )  # fmt: skip
 
 
 def _read_record(path: Path) -> dict[str, Any]:
