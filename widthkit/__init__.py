@@ -6,6 +6,7 @@ from widthkit.export.dense import export
 from widthkit.export.save import save
 from widthkit.export.slim_file import load
 from widthkit.modules.models import create_model
+from widthkit.run.recipe import recipe, recipes
 from widthkit.search.run import search
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.strategy import Strategy
@@ -26,6 +27,8 @@ __all__ = [
     "make_loader",
     "make_supernet",
     "recalibrate",
+    "recipe",
+    "recipes",
     "save",
     "search",
     "trace",

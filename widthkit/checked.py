@@ -80,7 +80,9 @@ def _refusal(error: ValidationError, kind: type[CheckedSettings]) -> OptionError
     path = [part for part in first["loc"] if isinstance(part, str)]
     option = Option(".".join(path))
     if first["type"] == "refusal":
-        prefix = "".join(f"{part}: " for part in path[:-1])
+        # The last part is a setting, unless settings that are wrong together are refused as a whole.
+        owners = path[:-1] if _inside(kind, path) is None else path
+        prefix = "".join(f"{part}: " for part in owners)
         return OptionError(prefix + first["ctx"]["text"])
     if first["type"] == "missing":
         return OptionError(option, " is missing.")
@@ -99,21 +101,30 @@ def _wanted(first: Any) -> str:
     for name, said in words.items():
         if name in context:
             return f"{said} {context[name]:g}"
-    text = str(context.get("error") or first["msg"])
+    text = str(context.get("error") or first["msg"]).removeprefix("Input should be ")
     return text[:1].lower() + text[1:]
 
 
-def _names(kind: type[BaseModel], path: list[str]) -> list[str]:
+def _inside(kind: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    """Return the settings that a path leads to; ``None`` where it leads to a single value."""
     for part in path:
-        kind = next(t for t in _types(kind.model_fields[part].annotation) if issubclass(t, BaseModel))
-    return list(kind.model_fields)
+        found = [t for t in _types(kind.model_fields[part].annotation) if issubclass(t, BaseModel)]
+        if not found:
+            return None
+        kind = found[0]
+    return kind
+
+
+def _names(kind: type[BaseModel], path: list[str]) -> list[str]:
+    found = _inside(kind, path)
+    assert found is not None
+    return list(found.model_fields)
 
 
 def _literals(kind: type[BaseModel], path: list[str]) -> list[str]:
-    *parents, last = path
-    for part in parents:
-        kind = next(t for t in _types(kind.model_fields[part].annotation) if issubclass(t, BaseModel))
-    return [value for value in _values(kind.model_fields[last].annotation) if isinstance(value, str)]
+    found = _inside(kind, path[:-1])
+    assert found is not None
+    return [value for value in _values(found.model_fields[path[-1]].annotation) if isinstance(value, str)]
 
 
 def _types(annotation: Any) -> list[type]:

@@ -20,7 +20,7 @@ from widthkit.supernet.strategy import make_strategy
 from widthkit.train import train
 
 CHOICES = 8
-JUDGED_IMAGES = 1024
+MOST_JUDGED = 2048
 MIN_WIDTH = "0.125x"
 SUPERNET_SHARE = 0.25
 """Share of the total cost that the training of a supernet takes."""
@@ -93,10 +93,10 @@ def iterative(
     between = [(macs / graph.macs()) ** (stage / stages) for stage in range(1, stages)]
     epochs = max(1, round(share * setup.epochs / sum(between)))
     done = search_in_stages(
-        setup.dense, setup.train_batches(seed), setup.held_out(JUDGED_IMAGES), _budget(macs), stages=stages,
+        setup.dense, setup.train_batches(seed), setup.held_out(judged_images(setup)), _budget(macs), stages=stages,
         epochs=epochs, first_epochs=0, searcher=searcher, seed=seed, out=folder / "iterative", resume=True,
         training={**setup.final, "schedule": "constant", "lr": setup.final["lr"] / 5, "progress": False},
-        searching={"progress": False, "judging": Judging(batch_size=JUDGED_IMAGES), **(searching or {})},
+        searching={"progress": False, "judging": Judging(batch_size=judged_images(setup)), **(searching or {})},
         strategy="whole", graph=graph, k=CHOICES, min_width=MIN_WIDTH, rank=rank,
     )  # fmt: skip
     rows = done.result.settings["stages"]
@@ -104,7 +104,7 @@ def iterative(
         ledger.trained("iterative training", row["macs"], epochs * setup.train_images)
     if searcher != "importance":
         judged = sum(row["networks"] * row["macs"] for row in rows)
-        ledger.ran("judging", judged, JUDGED_IMAGES)
+        ledger.ran("judging", judged, judged_images(setup))
     return export(done.net, done.result.widths)
 
 
@@ -148,14 +148,19 @@ def found(
 ) -> nn.Module:
     """Search in a supernet and return the dense network that was found, with the supernet's weights."""
     result = search(
-        net, setup.held_out(JUDGED_IMAGES), _budget(macs), searcher, seed=seed, out=folder / "search",
-        resume=True, progress=False, judging=Judging(batch_size=JUDGED_IMAGES), **options,
+        net, setup.held_out(judged_images(setup)), _budget(macs), searcher, seed=seed, out=folder / "search",
+        resume=True, progress=False, judging=Judging(batch_size=judged_images(setup)), **options,
     )  # fmt: skip
     if _judges(result):
         paths = len(net.paths(result.widths))
-        ledger.ran("judging", paths * sum(trial.macs for trial in result.trials), JUDGED_IMAGES)
+        ledger.ran("judging", paths * sum(trial.macs for trial in result.trials), judged_images(setup))
     units = result.settings.get("units")
     return export(net, units if units is not None else result.widths)
+
+
+def judged_images(setup: Setup) -> int:
+    """Return on how many held-out images candidates are judged, so that judging takes about a tenth of the cost."""
+    return min(MOST_JUDGED, max(128, round(MOST_JUDGED * setup.epochs / 40 / 64) * 64))
 
 
 def _judges(result: SearchResult) -> bool:

@@ -59,15 +59,14 @@ def make_row(setup: Setup, task: Task, way: Way, folder: Path) -> dict[str, Any]
     macs = counted_macs(net, setup.example)
     net.to(memory_format=torch.channels_last)
     recalibrate(net, setup.fixed_batches(CALIBRATED_IMAGES))
-    before = evaluate(net, setup.held_out(len(setup.splits.valid)))["accuracy"]  # type: ignore[arg-type]
-    teacher = {"teacher": setup.copy()} if way.teacher else {}
+    before = evaluate(net, setup.held_out(len(setup.splits.valid)))["accuracy"]
     per_epoch = macs / dense + (FORWARD if way.teacher else 0.0)
     epochs = int((setup.epochs - ledger.total) / per_epoch + 1e-9)
     if epochs < 1:
         raise ValueError(f"{task.name}: {ledger.total:.1f} of {setup.epochs:g} epochs are spent before the training")
     train(
         net, setup.train_batches(task.seed), epochs, seed=task.seed, out=folder / "final", resume=True, progress=False,
-        **{**setup.final, **dict(way.changes)}, **teacher,
+        teacher=setup.copy() if way.teacher else None, **{**setup.final, **dict(way.changes)},
     )  # fmt: skip
     ledger.trained("final training", per_epoch * dense, epochs * setup.train_images)
     row = {
@@ -81,7 +80,7 @@ def make_row(setup: Setup, task: Task, way: Way, folder: Path) -> dict[str, Any]
         "cost": ledger.entries,
         "cost_total": ledger.total,
         "held_out_before": before,
-        "held_out": evaluate(net, setup.held_out(len(setup.splits.valid)))["accuracy"],  # type: ignore[arg-type]
+        "held_out": evaluate(net, setup.held_out(len(setup.splits.valid)))["accuracy"],
         "test": evaluate(net, setup.test_batches)["accuracy"],
         "convolutions": [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)],
         "seconds": time.perf_counter() - started,

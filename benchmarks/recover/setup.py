@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from widthkit.graph import ChannelGraph
+from widthkit.modules.models import create_model
 from widthkit.trace import trace
 from widthkit.train import DataSplits, load_data, make_loader
 
@@ -45,24 +46,13 @@ class Setup:
     @cached_property
     def splits(self) -> DataSplits:
         """The data; the held-out images are the same for all seeds."""
-        splits = load_data(f"npz:{self.data}", augment=True, seed=0, limit=self.limit)
-        for part in (splits.train, splits.valid, splits.test):
-            mean, std = (tuple(255 * value for value in values) for values in (MEAN, STD))
-            part.preparation = replace(part.preparation, mean=mean, std=std)
-        return splits
+        augment = {"crop": 4, "flip": True}
+        return load_data(f"npz:{self.data}", augment=augment, mean=MEAN, std=STD, seed=0, limit=self.limit)
 
     @cached_property
     def dense(self) -> nn.Module:
         """The trained network; copy it before changing it."""
-        import importlib.util
-
-        file, _, factory = self.model.partition(":")
-        spec = importlib.util.spec_from_file_location("trained", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        net = getattr(module, factory)()
-        state = torch.load(self.weights, weights_only=True, map_location="cpu")["state_dict"]
-        net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+        net = create_model(self.model, weights=self.weights)
         return net.eval().to(memory_format=torch.channels_last)
 
     @cached_property
@@ -78,7 +68,7 @@ class Setup:
     @property
     def train_images(self) -> int:
         """Images of one epoch."""
-        return len(self.splits.train)  # type: ignore[arg-type]
+        return len(self.splits.train)
 
     def copy(self) -> nn.Module:
         """Return a copy of the trained network."""
@@ -104,7 +94,14 @@ class Setup:
 
 def final_settings(lr: float) -> dict[str, Any]:
     """Return how every way trains: SGD with Nesterov momentum, cosine to 0, the field's usual weight decay."""
-    return {"optimizer": "sgd", "lr": lr, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
+    return {
+        "optimizer": "sgd",
+        "lr": lr,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+        "channels_last": True,
+    }
 
 
 class Ledger:

@@ -84,10 +84,10 @@ def test_the_given_weights_are_evaluated_first(folder, capfd, monkeypatch):
     assert done.returncode == 0, done.stderr
     data = load_data("digits", image_size=32, limit=64, mean=[0.5], std=[0.25])
     model = wk.create_model("given_net.py:ten", weights="w.pth")
-    truth = evaluate(model, make_loader(data.valid, 64, train=False))
+    truth = evaluate(model, make_loader(data.test, 64, train=False))
     assert truth["accuracy"] > 0.5
     lines = done.stderr.splitlines()
-    assert lines[0] == f"dense: {truth['accuracy']:.2%} on 64 held-out images"
+    assert lines[0] == f"dense: {truth['accuracy']:.2%} on 64 test images"
     assert lines[1].startswith("inputs: mean 0.5 0.5 0.5, deviation 0.25 0.25 0.25, 32x32 pixels, crop 1, bilinear")
     assert lines[1].endswith("from the given mean and deviation")
     assert "guessing" not in done.stderr
@@ -108,7 +108,7 @@ def test_the_supernet_starts_from_the_weights_and_other_networks_do_not(folder):
     assert not torch.equal(fresh.conv.weight, given.conv.weight)
     before = torch.get_rng_state()
     accuracy = evaluate_given(built)
-    assert said[0] == f"dense: {accuracy:.2%} on 20 held-out images"
+    assert said[0] == f"dense: {accuracy:.2%} on 20 test images"
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 import widthkit as wk
 from widthkit.errors import CheckpointError
-from widthkit.run.build import build
+from widthkit.run.build import build, training_data
 from widthkit.run.config import RunConfig
 from widthkit.run.final import finish
 from widthkit.run.folder import RunFolder
-from widthkit.run.steps import load_supernet, search, train_supernet, training_batches
+from widthkit.run.steps import load_supernet, search, train_supernet
 
 TINY = {"model": "benchmarks.nets:plain_cnn", "data": "digits", "image_size": 16, "limit": 60, "batch_size": 30}
 CONFIG = RunConfig(**TINY, k=4, lr=0.01, epochs=2, final_epochs=1, searcher="random", searcher_options={"n": 3})
@@ -39,9 +39,11 @@ def train_one_epoch(built):
     def stop(entry):
         raise Stopped
 
-    options = {"seed": built.config.seed, "out": built.folder.supernet(), "progress": False, **built.config.training()}
+    how, seed = built.recipe.supernet, built.config.seed
+    batches = training_data(built.data, how, seed)
+    options = {"seed": seed, "out": built.folder.supernet(), "progress": False, **how.keywords()}
     with pytest.raises(Stopped):
-        wk.train(built.net, training_batches(built), built.config.epochs, on_epoch=stop, **options)
+        wk.train(built.net, batches, how.epochs, on_epoch=stop, **options)
 
 
 def files(folder):

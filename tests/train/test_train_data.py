@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from widthkit.errors import DataError, OptionError
 from widthkit.train import load_data, make_loader
+from widthkit.train.augment import Augmentation
 from widthkit.train.datasets import ArrayDataset, Preparation
 from widthkit.train.images import crop_and_flip, resize, to_grey
 from widthkit.train.split import stratified_order
@@ -114,7 +115,7 @@ def test_resizing_is_the_antialiased_filter():
 
 def test_large_sets_are_resized_batch_by_batch_with_the_same_result():
     images, labels = torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8), torch.arange(9)
-    preparation = Preparation((20, 20), 1, (100.0,), (50.0,), augment=False, flip=False)
+    preparation = Preparation((20, 20), 1, (100.0,), (50.0,), Augmentation(), flip=False)
     now, later = (ArrayDataset(images, labels, preparation, most_bytes=most) for most in (9 * 20 * 20, 9 * 20 * 20 - 1))
     assert (now.images.shape[-1], later.images.shape[-1]) == (20, 8)
     assert torch.equal(everything(now)[0], everything(later)[0])

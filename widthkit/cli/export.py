@@ -59,7 +59,7 @@ def _from_run(
     else:
         chosen = read_widths(widths)
     folder.check_trained(config)
-    built = build(config, folder, search=False)
+    built = build(config, folder, search=False, begins=False)
     load_supernet(built)
     return export_widths(built, chosen, out or _named(folder.path / "slim", form), formats, **form)
 

@@ -41,7 +41,7 @@ def search_command(given: dict[str, Any], run: Folder, resume: Resume = False) -
     folder.check_not_interrupted()
     config = folder.config().changed(given)
     folder.check_trained(config)  # here too, for building takes long
-    built = build(config, folder)
+    built = build(config, folder, begins=False)
     load_supernet(built)
     result = search(built, resume=resume)
     if process_index() == 0:

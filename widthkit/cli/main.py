@@ -12,6 +12,7 @@ import widthkit.cli.bench
 import widthkit.cli.export
 import widthkit.cli.job
 import widthkit.cli.plot
+import widthkit.cli.recipes
 import widthkit.cli.space
 import widthkit.cli.trace  # noqa: F401
 from widthkit.cli.app import app

@@ -182,7 +182,9 @@ def _page(result: SearchResult, results: dict[str, Any] | None, pictures: dict[s
         f"<tbody>{rows}</tbody></table>"
     )
     if results:
-        shown = json.dumps({"config": results["config"], "versions": results["versions"]}, indent=1)
+        shown = json.dumps(
+            {"config": results["config"], "recipe": results["recipe"], "versions": results["versions"]}, indent=1
+        )
         body.append(f"<h2>Settings</h2><pre>{html.escape(shown)}</pre>")
     return _TEMPLATE.replace("BODY", "\n".join(body))
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from widthkit.budget import Budget, parse_budget
-from widthkit.checked import checked
 from widthkit.modules.models import check_start
 from widthkit.run.config import RunConfig
 from widthkit.run.data import load_run_data
 from widthkit.run.dense import check_outputs, factory_options, fresh_model, input_shape
 from widthkit.run.folder import RunFolder
+from widthkit.run.recipe import Recipe, TrainingRecipe
 from widthkit.run.stage_plan import StagePlan
 from widthkit.run.stages import Rank
 from widthkit.search import SEARCHERS, Judging, check_searcher
@@ -28,7 +28,6 @@ from widthkit.trace import trace
 from widthkit.train import DataSplits, make_loader
 from widthkit.train.engine import check_engine
 from widthkit.train.optim import make_optimizer
-from widthkit.train.settings import TrainSettings
 
 Say = Callable[[str], None]
 
@@ -42,6 +41,7 @@ class Built:
         folder: Where results go.
         data: The data set.
         net: The supernet of the first stage.
+        recipe: How networks are trained.
         say: Called with one line per step.
         progress: Show progress bars.
     """
@@ -50,6 +50,7 @@ class Built:
     folder: RunFolder
     data: DataSplits
     net: Supernet
+    recipe: Recipe
     say: Say
     progress: bool = True
 
@@ -69,7 +70,9 @@ class Built:
         """How later stages rank the units of their supernets."""
         if self.config.rank is None:
             return None
-        return partial(unit_scores, criterion=self.config.rank, data=_ranking_batches(self.config, self.data))
+        return partial(
+            unit_scores, criterion=self.config.rank, data=_ranking_batches(self.config, self.recipe, self.data)
+        )
 
     @property
     def factory_options(self) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def build(
     *,
     search: bool = True,
     final: bool = False,
+    begins: bool = True,
     say: Say | None = None,
     progress: bool = True,
 ) -> Built:
@@ -93,6 +97,7 @@ def build(
         folder: Where results go; nothing is written yet.
         search: A search follows; its options are checked too.
         final: Final trainings follow; their options are checked too.
+        begins: The run may begin here; otherwise the folder holds it, and it goes on by its own recipe.
         say: Called with one line per step; standard error by default.
         progress: Show progress bars.
 
@@ -101,17 +106,30 @@ def build(
     """
     if search:
         SEARCHERS.get(config.searcher)
-    _check_training(config, search, final)
+    recipe = folder.recipe(config, begins=begins)
+    trainings = [recipe.supernet] + [recipe.calibration] * search + [recipe.final] * final
+    for how in trainings:
+        check_engine(how.mixed_precision, config.device)
     check_start(config.pretrained, config.weights, config.reset_head)
     folder.check_weights(config)
     data = load_run_data(config)
-    net = _make_supernet(config, data)
-    make_optimizer(net, _settings(config, config.epochs))
-    make_loader(data.train, config.batch_size, train=True)
-    built = Built(config, folder, data, net, say or (lambda line: print(line, file=sys.stderr)), progress)
+    net = _make_supernet(config, recipe, data)
+    for how in trainings:
+        make_optimizer(net, how)
+        training_data(data, how, config.seed)
+    built = Built(config, folder, data, net, recipe, say or (lambda line: print(line, file=sys.stderr)), progress)
     if search:
         _check_search(built)
     return built
+
+
+def training_data(data: DataSplits, how: TrainingRecipe, seed: int) -> DataLoader[Any]:
+    """Return the batches of a training, in the order of a seed.
+
+    Raises:
+        OptionError: If the data cannot be augmented as the recipe says.
+    """
+    return make_loader(data.train.augmented(how.augment), how.batch_size, train=True, seed=seed)
 
 
 def _check_search(built: Built) -> None:
@@ -122,24 +140,7 @@ def _check_search(built: Built) -> None:
     check_searcher(c.searcher, built.net, built.budget, c.searcher_options, can_train=True)
 
 
-def _check_training(config: RunConfig, search: bool, final: bool) -> None:
-    """Refuse trainings that could not start."""
-    epochs = [config.epochs]
-    if search:
-        epochs.append(config.stand_alone_epochs)
-    if final and config.final_epochs:
-        epochs.append(config.final_epochs)
-    for count in epochs:
-        _settings(config, count)
-    check_engine(config.mixed_precision, config.device)
-
-
-def _settings(config: RunConfig, epochs: int) -> TrainSettings:
-    options = {name: value for name, value in config.training().items() if name != "device"}
-    return checked(TrainSettings, {"epochs": epochs, **options})
-
-
-def _make_supernet(config: RunConfig, data: DataSplits) -> Supernet:
+def _make_supernet(config: RunConfig, recipe: Recipe, data: DataSplits) -> Supernet:
     model = fresh_model(config, data, config.seed, trained=True)
     graph = trace(model, input_shape(data), freeze=config.freeze)
     check_outputs(model, config, data)
@@ -156,10 +157,10 @@ def _make_supernet(config: RunConfig, data: DataSplits) -> Supernet:
         fixed=config.fixed,
         seed=config.seed,
         rank=config.rank,
-        rank_data=_ranking_batches(config, data) if config.rank else None,
+        rank_data=_ranking_batches(config, recipe, data) if config.rank else None,
     )
 
 
-def _ranking_batches(config: RunConfig, data: DataSplits) -> Iterable[Any]:
+def _ranking_batches(config: RunConfig, recipe: Recipe, data: DataSplits) -> Iterable[Any]:
     count = min(config.rank_images, len(data.train))  # type: ignore[arg-type]
-    return make_loader(Subset(data.train, range(count)), config.batch_size, train=False)
+    return make_loader(Subset(data.train, range(count)), recipe.supernet.batch_size, train=False)

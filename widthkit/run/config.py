@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from widthkit.errors import Option, OptionError
-from widthkit.run.option import SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of
+from widthkit.run.option import NONE, SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of
+from widthkit.run.recipe import Recipe, recipe
 from widthkit.search import SEARCHERS
 from widthkit.supernet.strategy import STRATEGIES
 
@@ -22,6 +23,24 @@ _SPACE: dict[str, Any] = {"group": "Search space", "commands": (SPACE, TRAIN, SL
 _TRAINING: dict[str, Any] = {"group": "Training", "commands": (TRAIN, SLIM)}
 _SEARCH: dict[str, Any] = {"group": "Search", "commands": (SEARCH, SLIM)}
 _FINAL: dict[str, Any] = {"group": "Final trainings", "commands": (SLIM,)}
+
+_IN_ALL_TRAININGS = (
+    "batch_size",
+    "augment",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "schedule",
+    "clip_grad",
+    "mixed_precision",
+)
+_EPOCHS = {"epochs": "supernet.epochs", "stand_alone_epochs": "calibration.epochs", "final_epochs": "final.epochs"}
+"""Options that replace values of the recipe: in all its trainings, or in one of them."""
+
+
+def _override(title: str, help: str, group: dict[str, Any] = _TRAINING, **field: Any) -> Any:
+    """Declare an option that replaces a value of the recipe."""
+    return option(None, title, f"{help}; by default as the recipe says", **group, **field)
 
 
 class RunConfig(BaseModel):
@@ -83,7 +102,6 @@ class RunConfig(BaseModel):
     )
     std: str | None = option(None, "Deviation", "Deviations of the normalisation, in the same form", **_DATA)
     limit: int | None = option(None, "Most images", "Each part of the data is cut to so many images", ge=1, **_DATA)
-    augment: bool = option(False, "Augmentation", "Crop and flip training images at random", **_DATA)
 
     strategy: str = option(
         lambda: STRATEGIES.default,
@@ -94,25 +112,28 @@ class RunConfig(BaseModel):
     strategy_options: dict[str, Any] = option(
         {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_TRAINING
     )
-    epochs: int = option(10, "Epochs", "Trainings of the supernet see the data so many times", ge=1, **_TRAINING)
-    batch_size: int = option(128, "Batch size", "Images per training step", ge=1, **_TRAINING)
-    optimizer: str = option("sgd", "Optimiser", "By timm's name; widthkit takes all of timm's optimisers", **_TRAINING)
-    lr: float = option(
-        0.05, "Learning rate", "Rate at which trainings start; the schedule lowers it", gt=0, **_TRAINING
-    )
-    weight_decay: float = option(
-        1e-4, "Weight decay", "Pull of the weights towards zero; biases and norms have none", ge=0, **_TRAINING
-    )
-    schedule: str = option("cosine", "Schedule", "How the learning rate falls: cosine, step or constant", **_TRAINING)
-    clip_grad: float | None = option(
-        5.0,
-        "Gradient clipping",
-        "Largest norm of the whole gradient; narrow sub-networks of a fresh supernet have steep losses",
-        gt=0,
+    recipe: str = option(
+        "default",
+        "Recipe",
+        "How the networks are trained: FILE.yaml, or one of those that widthkit recipes lists",
         **_TRAINING,
     )
-    mixed_precision: str = option(
-        "no", "Precision", "Half precision in trainings: no, bf16 or fp16", flag="--precision", **_TRAINING
+    set: dict[str, Any] = option(
+        {},
+        "Other values in the recipe",
+        "Setting of the recipe, such as final.lr=0.01, or lr=0.01 for all its trainings; the value is JSON",
+        **_TRAINING,
+    )
+    epochs: int | None = _override("Epochs", "Trainings of the supernet see the data so many times", ge=0)
+    batch_size: int | None = _override("Batch size", "Images per training step", ge=1)
+    augment: bool | None = _override("Augmentation", "Crop and flip training images at random")
+    optimizer: str | None = _override("Optimiser", "By timm's name; widthkit takes all of timm's optimisers")
+    lr: float | None = _override("Learning rate", "Rate at which trainings start; the schedule lowers it", gt=0)
+    weight_decay: float | None = _override("Weight decay", "Pull of the weights towards zero", ge=0)
+    schedule: str | None = _override("Schedule", "How the learning rate falls, such as cosine or linear")
+    clip_grad: float | Literal["none"] | None = _override("Gradient clipping", "Largest norm of the whole gradient")
+    mixed_precision: str | None = _override(
+        "Precision", "Half precision in trainings: no, bf16 or fp16", flag="--precision"
     )
     device: str | None = option(
         None, "Device", "Where to run, such as cpu or cuda:0; chosen automatically by default", **_TRAINING
@@ -162,12 +183,11 @@ class RunConfig(BaseModel):
         aliases=("memory",),
         **_SEARCH,
     )
-    stand_alone_epochs: int = option(
-        2,
+    stand_alone_epochs: int | None = _override(
         "Epochs of a stand-alone training",
         "Each stand-alone training that a searcher asks for sees the data so many times",
+        _SEARCH,
         ge=1,
-        **_SEARCH,
     )
     stages: int = option(
         1,
@@ -181,8 +201,8 @@ class RunConfig(BaseModel):
         2.0, "Refinement of bins", "From stage to stage bins get finer by this factor", gt=0, **_SEARCH
     )
 
-    final_epochs: int = option(
-        10, "Epochs of final trainings", "Each final training sees the data so many times", ge=0, **_FINAL
+    final_epochs: int | None = _override(
+        "Epochs of final trainings", "Each final training sees the data so many times", _FINAL, ge=0
     )
     seeds: int = option(1, "Final trainings", "Trainings per compared network, each with another seed", ge=1, **_FINAL)
     init: Literal["scratch", "inherit"] = option(
@@ -201,10 +221,24 @@ class RunConfig(BaseModel):
         """Make the path absolute: a run may go on in another folder."""
         return None if value is None else str(Path(value).expanduser().absolute())
 
-    def training(self) -> dict[str, Any]:
-        """Return the settings that every training of the run shares."""
-        names = ("optimizer", "lr", "weight_decay", "schedule", "clip_grad", "mixed_precision", "device")
-        return {name: getattr(self, name) for name in names}
+    def recipe_changes(self) -> dict[str, Any]:
+        """Return the values that the options give to settings of the recipe, as :meth:`Recipe.changed` takes them."""
+        values = {name: getattr(self, name) for name in _IN_ALL_TRAININGS}
+        values |= {setting: getattr(self, name) for name, setting in _EPOCHS.items()}
+        given = {name: value for name, value in values.items() if value is not None} | self.set
+        return {name: None if value == NONE else value for name, value in given.items()}
+
+    def resolved(self) -> Recipe:
+        """Return the recipe with the values that the options give.
+
+        Raises:
+            OptionError: If there is no such recipe, or a setting is not known or makes no sense.
+
+        >>> tuned = RunConfig(model="timm/resnet10t", data="digits", lr=0.1, set={"final.lr": 0.02}).resolved()
+        >>> tuned.supernet.lr, tuned.final.lr, tuned.supernet.epochs
+        (0.1, 0.02, 10)
+        """
+        return recipe(self.recipe).changed(self.recipe_changes())
 
     def of(self, command: str) -> dict[str, Any]:
         """Return the values of the options that a command takes."""

@@ -55,7 +55,6 @@ def _read_data(config: RunConfig, image_size: int | None, channels: int, form: I
         in_channels=channels,
         seed=config.seed,
         limit=config.limit,
-        augment=config.augment,
         mean=form.mean,
         std=form.std,
         crop=crop,

@@ -16,10 +16,10 @@ from widthkit.latency.slow_layers import is_slow, slow_layers, time_layers
 from widthkit.latency.timing import forward_latency
 from widthkit.run.build import Built
 from widthkit.run.dense import fresh_model, input_shape
-from widthkit.run.steps import JUDGED_TOGETHER, supernet_of, training_batches
+from widthkit.run.steps import JUDGED_TOGETHER, supernet_of, train_by
 from widthkit.search import SearchResult
 from widthkit.search.uniform import uniform_widths
-from widthkit.train import evaluate, make_loader, recalibrate, train
+from widthkit.train import evaluate, make_loader, recalibrate
 from widthkit.version import versions
 
 
@@ -42,7 +42,7 @@ def finish(built: Built, result: SearchResult) -> dict[str, Any]:
     for name, widths in chosen.items():
         row, networks[name] = _compared(built, name, widths)
         table.append(row)
-    shape = input_shape(built.data, built.config.batch_size)
+    shape = input_shape(built.data, built.recipe.final.batch_size)
     device = built.config.device or "cpu"
     latency = forward_latency(networks, shape, device=device)
     for row in table:
@@ -52,6 +52,7 @@ def finish(built: Built, result: SearchResult) -> dict[str, Any]:
     results = {
         "format": 1,
         "config": built.config.model_dump(),
+        "recipe": built.recipe.model_dump(mode="json"),
         "versions": versions(),
         "latency": {"input_shape": list(shape), "device": device, "threads": torch.get_num_threads()},
         "table": table,
@@ -93,18 +94,9 @@ def final_network(built: Built, name: str, widths: dict[str, int], seed: int) ->
         slim = export(supernet_of(built, widths), widths)
     else:
         slim = export(fresh_model(c, built.data, seed), widths, graph=built.net.graph)
-    if c.final_epochs:
-        train(
-            slim,
-            training_batches(built, seed),
-            c.final_epochs,
-            seed=seed,
-            out=built.folder.path / "final" / f"{name}-{seed}",
-            resume=True,
-            progress=built.progress,
-            **c.training(),
-        )
-    recalibrate(slim, make_loader(built.data.train, c.batch_size, train=False))
+    how = built.recipe.final
+    train_by(built, how, slim, built.folder.path / "final" / f"{name}-{seed}", seed=seed)
+    recalibrate(slim, make_loader(built.data.train, how.batch_size, train=False))
     return slim
 
 

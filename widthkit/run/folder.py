@@ -2,6 +2,7 @@
 
 =======================  ==============================================================
 ``run.json``             the options, and the command that started the run
+``recipe.yaml``          how its networks are trained, every value
 ``supernet/``            checkpoint of the supernet's training
 ``search-options.json``  the search's options
 ``search.json``          widths, score, history
@@ -24,7 +25,9 @@ from typing import Any
 from widthkit.errors import CheckpointError, Option, OptionError
 from widthkit.files import atomic_json
 from widthkit.run.config import RunConfig, command_line
+from widthkit.run.kept_recipe import check_not_edited, keep_recipe, kept_recipe
 from widthkit.run.option import SEARCH, SLIM, TRAIN
+from widthkit.run.recipe import Recipe
 from widthkit.search import SearchResult
 from widthkit.train.result import epochs_done
 
@@ -92,16 +95,32 @@ class RunFolder:
                 )  # fmt: skip
             record, before = self._record(), self.config()
             given = {name: getattr(before, name) for name in record["options"]}
-            self._check_same("run", {name: value for name, value in given.items() if name in options}, config)
+            _check_same(self.path, "run", {name: value for name, value in given.items() if name in options}, config)
+            check_not_edited(self.path, config)
             # A slim run stays a slim run when it is resumed with train.
             command = SLIM if SLIM in (command, record["command"]) else command
             options = {**given, **options}
         else:
             self.search_file.unlink(missing_ok=True)  # An earlier run that left no result may have left its search's.
+        keep_recipe(self.path, self.recipe(config, begins=True))
         record = {"format": 1, "command": command, "options": options}
         if config.weights is not None:
             record["weights_sha256"] = _digest(config.weights)
         atomic_json(self.config_file, record)
+
+    def recipe(self, config: RunConfig, *, begins: bool = False) -> Recipe:
+        """Return the recipe of the run that the folder holds, with the options' values; the options' if it holds none.
+
+        Args:
+            config: The options.
+            begins: A run may begin here; what an earlier one has left counts only if it has results.
+
+        Raises:
+            OptionError: If an option makes no sense.
+            CheckpointError: If the run's recipe is damaged.
+        """
+        goes_on = self.config_file.exists() and (not begins or self._has_results())
+        return kept_recipe(self.path, config) if goes_on else config.resolved()
 
     def config(self) -> RunConfig:
         """Read the run's options.
@@ -124,7 +143,7 @@ class RunFolder:
                 " to continue it or delete search*.json* and stage-*",
             )  # fmt: skip
         if earlier and self.search_file.exists():
-            self._check_same("search", self.searched_config().of(SEARCH), config)
+            _check_same(self.path, "search", self.searched_config().of(SEARCH), config)
         atomic_json(self.search_file, {"format": 1, "options": config.of(SEARCH)})
 
     def searched_config(self) -> RunConfig:
@@ -177,14 +196,14 @@ class RunFolder:
         Raises:
             CheckpointError: If there is none, or if its training was interrupted; the line says how to finish it.
         """
-        done = epochs_done(self.supernet(stage))
-        if done == 0:
+        done, epochs = epochs_done(self.supernet(stage)), self.recipe(config).supernet.epochs
+        if done == 0 and epochs:
             raise CheckpointError(f"{self.path} holds no trained supernet; run widthkit train first")
-        if done < config.epochs:
+        if done < epochs:
             command = self._record()["command"]
             searching = stage > 1 and command == TRAIN
             raise CheckpointError(
-                f"the supernet in {self.supernet(stage)} has {done} of {config.epochs} epochs; finish it with: "
+                f"the supernet in {self.supernet(stage)} has {done} of {epochs} epochs; finish it with: "
                 f"{self._how(SEARCH, config) if searching else self._how(command, self.config())}"
             )
 
@@ -217,14 +236,15 @@ class RunFolder:
         """Whether anything is here that a search has found; its options alone are nothing."""
         return any(any(self.path.glob(f"{place}search{kind}")) for place in ("", "stage-*/") for kind in _SEARCHED)
 
-    def _check_same(self, what: str, before: Mapping[str, Any], config: RunConfig) -> None:
-        for name, value in before.items():
-            now = getattr(config, name)
-            if now != value:
-                raise OptionError(
-                    f"{self.path} holds a {what} with ", Option(name, value), ", not ", Option(name, now),
-                    "; use the same options to resume",
-                )  # fmt: skip
+
+def _check_same(path: Path, what: str, before: Mapping[str, Any], config: RunConfig) -> None:
+    for name, value in before.items():
+        now = getattr(config, name)
+        if now != value:
+            raise OptionError(
+                f"{path} holds a {what} with ", Option(name, value), ", not ", Option(name, now),
+                "; use the same options to resume",
+            )  # fmt: skip
 
 
 def _digest(file: str) -> str:

@@ -18,16 +18,16 @@ def evaluate_given(built: Built) -> float | None:
         built: What the run works with.
 
     Returns:
-        Their accuracy on the validation split; ``None`` where the run starts from fresh weights.
+        Their accuracy on the test images; ``None`` where the run starts from fresh weights. Nothing is decided by it.
     """
     config, data = built.config, built.data
     accuracy = None
     if has_trained_weights(config):
         model = fresh_model(config, data, config.seed)
         fresh = load_trained(model, config)
-        found = evaluate(model, make_loader(data.valid, JUDGED_TOGETHER, train=False), device=config.device)
+        found = evaluate(model, make_loader(data.test, JUDGED_TOGETHER, train=False), device=config.device)
         accuracy = found["accuracy"]
-        built.say(f"dense: {accuracy:.2%} on {found['images']} held-out images")
+        built.say(f"dense: {accuracy:.2%} on {found['images']} test images")
         if fresh:
             built.say(f"dense: the weights lack {len(fresh)} tensors, which are fresh: {', '.join(fresh[:4])}")
         elif accuracy <= _SUSPICIOUS / data.num_classes:

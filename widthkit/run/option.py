@@ -18,7 +18,7 @@ from widthkit.errors import Option, OptionError
 TRACE, SPACE, TRAIN, SEARCH, SLIM = "trace", "space", "train", "search", "slim"
 """The commands that take options of a run."""
 NONE = "none"
-"""Turns off an option that is on by default."""
+"""The value that turns off a setting."""
 
 
 def option(
@@ -159,7 +159,7 @@ class RunOption:
         if not self._can_be_turned_off:
             return given
         if given == NONE:
-            return None
+            return NONE
         try:
             return self.kind(given)
         except ValueError:
@@ -176,7 +176,7 @@ class RunOption:
         if isinstance(value, list):
             return [word for item in value for word in (self.flag, str(item))]
         if value is None:
-            return [self.flag, NONE] if self._can_be_turned_off else []
+            return []
         return [self.flag, str(value)]
 
     @property
@@ -192,7 +192,7 @@ class RunOption:
 
     @property
     def _can_be_turned_off(self) -> bool:
-        return self.kind is not self.field.annotation and self.default is not None
+        return any(NONE in get_args(kind) for kind in get_args(self.field.annotation))
 
     def _read_pair(self, item: str) -> tuple[str, Any]:
         whole = get_args(self.kind)[1] is int

@@ -20,6 +20,7 @@ python -m widthkit.run.options_table > docs/options.md
 
 In Python the options are fields of `widthkit.run.config.RunConfig`. `widthkit.make_supernet`, `widthkit.train`,
 `widthkit.search` and `widthkit.load_data` take those that concern them under the same names, with the same defaults.
+How networks are trained is said by a recipe ([recipes.md](recipes.md)); options that replace its values have none.
 Options that take `NAME=VALUE` or `GROUP=WIDTH`, and `--freeze`, may be given several times; `none` turns an option off.
 """
 

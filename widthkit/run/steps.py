@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch import nn
+from torch.utils.data import Subset
 
 from widthkit.budget import Budget
 from widthkit.export import check_same, export, save
 from widthkit.graph.plan import kept_units
-from widthkit.run.build import Built
+from widthkit.run.build import Built, training_data
 from widthkit.run.dense import fresh_model
+from widthkit.run.recipe import TrainingRecipe
 from widthkit.run.stages import next_supernet, run_stages
 from widthkit.search import Judging, SearchResult
 from widthkit.search import search as search_widths
 from widthkit.search.measured import describe_rows
 from widthkit.supernet import Supernet
-from widthkit.train import evaluate, make_loader, recalibrate, train
+from widthkit.train import TrainResult, evaluate, make_loader, recalibrate, train
 
 JUDGED_TOGETHER = 512
 """Images per batch where nothing is trained."""
@@ -44,17 +46,9 @@ def train_supernet(built: Built, net: Supernet | None = None, stage: int = 1) ->
     options = str(net.strategy).removeprefix(type(net.strategy).__name__)
     size = f"{len(net.space.groups)} groups, {net.space.size:.3g} width vectors"
     built.say(f"supernet: {built.config.strategy}{options}, {size}")
-    result = train(
-        net,
-        training_batches(built),
-        built.config.epochs,
-        seed=built.config.seed,
-        out=built.folder.supernet(stage),
-        resume=True,
-        progress=built.progress,
-        **built.config.training(),
-    )
-    built.say(f"supernet: trained {result.epochs} epochs, loss {result.loss:.4f}")
+    result = train_by(built, built.recipe.supernet, net, built.folder.supernet(stage))
+    trained = "not trained" if result is None else f"trained {result.epochs} epochs, loss {result.loss:.4f}"
+    built.say(f"supernet: {trained}")
 
 
 def load_supernet(built: Built, net: Supernet | None = None, stage: int = 1) -> None:
@@ -70,16 +64,7 @@ def load_supernet(built: Built, net: Supernet | None = None, stage: int = 1) -> 
     """
     built.folder.check_trained(built.config, stage)
     # Training that is complete returns at once, with the stored weights.
-    train(
-        net or built.net,
-        training_batches(built),
-        built.config.epochs,
-        seed=built.config.seed,
-        out=built.folder.supernet(stage),
-        resume=True,
-        progress=False,
-        **built.config.training(),
-    )
+    train_by(built, built.recipe.supernet, net or built.net, built.folder.supernet(stage), progress=False)
 
 
 def search(built: Built, *, resume: bool = True) -> SearchResult:
@@ -152,7 +137,7 @@ def export_widths(
     # Before recalibration: the supernet's statistics are still the slim network's.
     same = check_same(net.set_widths(widths), slim, images, name="the slim network")
     built.say(f"slim: largest difference from the supernet {same.largest_difference:.2g}")
-    recalibrate(slim, make_loader(built.data.train, built.config.batch_size, train=False))
+    recalibrate(slim, make_loader(built.data.train, built.recipe.supernet.batch_size, train=False))
     return save(
         slim.cpu(),
         path,
@@ -165,10 +150,39 @@ def export_widths(
     )
 
 
-def training_batches(built: Built, seed: int | None = None) -> DataLoader[Any]:
-    """Return the batches that trainings take, in the order of a seed; the run's by default."""
-    c = built.config
-    return make_loader(built.data.train, c.batch_size, train=True, seed=c.seed if seed is None else seed)
+def train_by(
+    built: Built,
+    how: TrainingRecipe,
+    net: nn.Module,
+    out: Path,
+    *,
+    seed: int | None = None,
+    progress: bool | None = None,
+) -> TrainResult | None:
+    """Train a network as a recipe says, or go on.
+
+    Args:
+        built: What the run works with.
+        how: The recipe; with 0 epochs the network stays as it is.
+        net: The network.
+        out: Where its checkpoint goes.
+        seed: Seeds the training and the order of the data; the run's by default.
+        progress: Show a progress bar; as the run does by default.
+    """
+    if how.epochs == 0:
+        return None
+    seed = built.config.seed if seed is None else seed
+    return train(
+        net,
+        training_data(built.data, how, seed),
+        how.epochs,
+        seed=seed,
+        device=built.config.device,
+        out=out,
+        resume=True,
+        progress=built.progress if progress is None else progress,
+        **how.keywords(),
+    )
 
 
 def train_alone(built: Built, widths: Mapping[str, int]) -> float:
@@ -182,9 +196,8 @@ def train_alone(built: Built, widths: Mapping[str, int]) -> float:
     slim = export(fresh_model(c, built.data, c.seed), dict(widths), graph=graph)
     name = hashlib.sha256(json.dumps(dict(widths), sort_keys=True).encode()).hexdigest()[:16]
     out = built.folder.path / "stand-alone" / name
-    batches = training_batches(built)
-    train(slim, batches, c.stand_alone_epochs, seed=c.seed, out=out, resume=True, progress=False, **c.training())
-    recalibrate(slim, make_loader(built.data.train, c.batch_size, train=False))
+    train_by(built, built.recipe.calibration, slim, out, progress=False)
+    recalibrate(slim, make_loader(built.data.train, built.recipe.calibration.batch_size, train=False))
     found = evaluate(slim, make_loader(built.data.valid, JUDGED_TOGETHER, train=False), device=c.device)
     share = graph.macs(widths) / graph.macs()
     built.say(f"stand-alone training: {share:.1%} of the MACs, accuracy {found['accuracy']:.2%}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from widthkit.errors import DataError, Option, OptionError
 from widthkit.modules.inputs import INTERPOLATIONS, InputForm, check_normalisation
-from widthkit.train.datasets import ArrayDataset, FileDataset, ImageDataset, Preparation, collate
+from widthkit.train.augment import Augmentation, augmentation
+from widthkit.train.datasets import ArrayDataset, FileDataset, ImageDataset, Preparation, collate, collate_mixed
 from widthkit.train.images import IMAGENET_MEAN, IMAGENET_STD, check_channels, image_form, statistics, to_grey
 from widthkit.train.parts import Part, Source
 from widthkit.train.sources import read_source
@@ -43,9 +44,9 @@ class DataSplits:
         inputs: What happened to the images: normalisation, size, crop, interpolation, and where they come from.
     """
 
-    train: Dataset[Any]
-    valid: Dataset[Any]
-    test: Dataset[Any]
+    train: ImageDataset
+    valid: ImageDataset
+    test: ImageDataset
     num_classes: int
     class_names: tuple[str, ...]
     native_size: tuple[int, int]
@@ -62,7 +63,7 @@ def load_data(
     in_channels: int = 3,
     seed: int = 0,
     limit: int | None = None,
-    augment: bool = False,
+    augment: bool | Mapping[str, Any] | Augmentation = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     crop: float | None = None,
@@ -85,8 +86,9 @@ def load_data(
         in_channels: Channels the model takes. Grey is repeated for 3, RGB becomes luminance for 1.
         seed: Chooses the splits that the data set does not come with.
         limit: Keep at most this many samples of each part, classes in proportion.
-        augment: Crop training images at random out of a black border of an eighth of their size, and mirror them
-            (except digits); random numbers come from torch's global generator.
+        augment: What happens to training images at random: the settings of
+            :class:`widthkit.train.augment.Augmentation`. ``True`` crops them out of a black border of an eighth of
+            their size and mirrors half of them (except digits). Random numbers come from torch's global generator.
         mean: Means with which pixels are normalised, as shares of 0..1, one per channel of the model or one for all;
             by default those of the training split, in folders ImageNet's.
         std: Deviations, likewise; both or neither.
@@ -100,7 +102,8 @@ def load_data(
     Raises:
         DataError: If the name is unknown, an option is out of range, or the data are missing, damaged or of the
             wrong form.
-        OptionError: If ``mean``, ``std``, ``crop`` or ``interpolation`` is wrong.
+        OptionError: If ``mean``, ``std``, ``crop`` or ``interpolation`` is wrong, or if the images cannot be augmented
+            like this.
 
     >>> data = load_data("digits", image_size=16)
     >>> len(data.train), len(data.valid), len(data.test), data.num_classes
@@ -112,6 +115,7 @@ def load_data(
     for option, value, low in (("image_size", image_size, 1), ("limit", limit, 1), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise DataError(Option(option), f" must be a whole number of at least {low}, not {value!r}.")
+    how = augmentation(augment)
     given = check_normalisation(mean, std, in_channels)
     _check_resizing(crop, interpolation)
     source = read_source(name, None if data_dir is None else Path(data_dir).expanduser())
@@ -119,11 +123,11 @@ def load_data(
     for part in (source.valid, source.test):
         check_channels(channels if part is None else _form(part)[1], in_channels, name)
     parts = _split(source, seed, name)
-    quiet, origin = _preparation(parts[0], image_size, in_channels, source.flip, given)
+    quiet, origin = _preparation(parts[0], image_size, in_channels, source, given)
     quiet = replace(quiet, crop_pct=crop or 1.0, interpolation=interpolation or "bilinear")
     train, valid, test = (part if limit is None else part.take(np.arange(len(part.labels))[:limit]) for part in parts)
     return DataSplits(
-        train=_dataset(train, replace(quiet, augment=augment)),
+        train=_dataset(train, replace(quiet, augment=how)),
         valid=_dataset(valid, quiet),
         test=_dataset(test, quiet),
         num_classes=len(source.class_names),
@@ -143,7 +147,8 @@ def make_loader(
     Args:
         dataset: Any map-style data set with a length.
         batch_size: Images per batch.
-        train: Shuffle, and leave a last, smaller batch out (batch norm suffers from it); else neither.
+        train: Shuffle, mix images if their augmentation says so, and leave a last, smaller batch out (batch norm
+            suffers from it); else nothing of this.
         seed: Makes the order.
         workers: Processes that load data; worth it for folders, not for data in memory.
 
@@ -169,7 +174,7 @@ def make_loader(
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=collate,
+        collate_fn=collate_mixed if train else collate,
     )
 
 
@@ -213,7 +218,7 @@ def _preparation(
     train: Part,
     image_size: int | None,
     in_channels: int,
-    flip: bool,
+    source: Source,
     given: tuple[tuple[float, ...], tuple[float, ...]] | None,
 ) -> tuple[Preparation, str]:
     """Decide size and normalisation from the whole training split, so that a limit does not change them.
@@ -234,7 +239,8 @@ def _preparation(
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     else:
         (mean, std), origin = statistics(_pixels(train, in_channels)), "the training images"
-    return Preparation(size, in_channels, mean, std, augment=False, flip=flip), origin
+    plain = Preparation(size, in_channels, mean, std, Augmentation(), source.flip, len(source.class_names))
+    return plain, origin
 
 
 def _input_form(preparation: Preparation, origin: str) -> InputForm:

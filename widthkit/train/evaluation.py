@@ -76,7 +76,7 @@ def _measure(
         for batch in loader:
             inputs, targets = send_to_device(split_batch(batch), device)
             outputs = call_model(model, inputs)
-            totals.add(bind(inputs)(outputs, targets), count_correct(outputs, targets), batch_size(inputs))
+            totals.add(bind(inputs)(outputs, targets), count_correct(outputs, targets, loss), batch_size(inputs))
     return totals
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -98,20 +100,32 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
-def crop_and_flip(images: Tensor, flip: bool) -> Tensor:
-    """Shift every image at random by up to an eighth of its size, black coming in; mirror half of them if ``flip``.
+def border(crop: float, side: int) -> int:
+    """Return the pixels of a border that is given in pixels or, below 1, as a share of an image's side.
+
+    >>> border(4, 32), border(0.125, 32), border(0.125, 5)
+    (4, 4, 1)
+    """
+    return int(crop) if crop >= 1 else max(1, int(side * crop))
+
+
+def crop_and_flip(images: Tensor, flip: bool, crop: float = 0.125) -> Tensor:
+    """Shift every image at random by up to the border's size, black coming in; mirror half of them if ``flip``.
 
     Random numbers come from torch's global generator.
 
     Args:
         images: ``(N, C, H, W)``, any type.
         flip: Whether to mirror.
+        crop: The border, as in :func:`border`; 0 shifts nothing.
 
     Returns:
         Images of the same shape.
     """
     count, channels, height, width = images.shape
-    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
+    if not crop:
+        return torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(-1), images) if flip else images
+    pad_y, pad_x = border(crop, height), border(crop, width)
     padded = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
     rows = torch.randint(0, 2 * pad_y + 1, (count, 1)) + torch.arange(height)
     columns = torch.randint(0, 2 * pad_x + 1, (count, 1)) + torch.arange(width)
@@ -122,7 +136,12 @@ def crop_and_flip(images: Tensor, flip: bool) -> Tensor:
 
 
 def decode(
-    path: str, size: tuple[int, int], channels: int, interpolation: str = "bilinear", crop_pct: float = 1.0
+    path: str,
+    size: tuple[int, int],
+    channels: int,
+    interpolation: str = "bilinear",
+    crop_pct: float = 1.0,
+    part: Callable[[Image.Image], tuple[int, int, int, int]] | None = None,
 ) -> Tensor:
     """Read an image file, resize it without changing its proportions, and keep its centre, as timm does.
 
@@ -132,6 +151,7 @@ def decode(
         channels: 1 for grey, 3 for RGB.
         interpolation: ``bilinear`` or ``bicubic``.
         crop_pct: The image is resized to cover ``size / crop_pct``; the centre of ``size`` is kept.
+        part: Chooses the part that is kept instead: its top, left, height and width.
 
     Returns:
         ``(channels, *size)``, uint8.
@@ -143,7 +163,11 @@ def decode(
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
-            image = image.resize(size[::-1], method, box=_centre(image.size, size[::-1], crop_pct))
+            if part is None:
+                image = image.resize(size[::-1], method, box=_centre(image.size, size[::-1], crop_pct))
+            else:
+                top, left, height, width = part(image)
+                image = image.crop((left, top, left + width, top + height)).resize(size[::-1], method)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path}: {' '.join(str(error).split())}; replace or delete it.") from error
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, channels).permute(2, 0, 1)

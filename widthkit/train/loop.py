@@ -57,7 +57,8 @@ class Trainer:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self.net, self.settings, self.seed, self.bind = net, settings, seed, binding(loss)
+        self.net, self.settings, self.seed = net, settings, seed
+        self.loss, self.bind = loss, binding(loss)
         self.optimizer, self.precision, self.device = optimizer, precision, device
         net.to(device)
         parallel.broadcast_module(net)
@@ -181,7 +182,7 @@ class Trainer:
         self.precision.update(self.optimizer, self.parameters, self.settings.clip_grad)
         self.updates += 1
         self.schedule.at(self._progress() * self.settings.epochs)
-        totals.add(loss, count_correct(context.outputs, targets), batch_size(inputs))
+        totals.add(loss, count_correct(context.outputs, targets, self.loss), batch_size(inputs))
 
     def _context(self, inputs: Any, targets: Any) -> StepContext:
         seed = mix(self.seed, parallel.process_index(), self.updates)

@@ -153,8 +153,14 @@ def accuracy(outputs: Any, targets: Any) -> float | None:
     return float(hits) / len(targets)
 
 
-def count_correct(outputs: Any, targets: Any) -> Tensor | None:
+def count_correct(outputs: Any, targets: Any, loss: Any = None) -> Tensor | None:
     """Count the top-1 hits without waiting for the device.
+
+    Args:
+        outputs: Logits ``(N, C)``, or something :func:`main_output` finds them in.
+        targets: Class indices ``(N)``.
+        loss: The criterion. With cross entropy, targets may also be class probabilities ``(N, C)``; a hit is then their
+            likeliest class.
 
     Returns:
         A scalar tensor on the outputs' device, or ``None`` if these are not class logits and class indices.
@@ -163,6 +169,8 @@ def count_correct(outputs: Any, targets: Any) -> Tensor | None:
     tensor(2)
     """
     logits = find_logits(outputs)
+    if is_cross_entropy(loss) and isinstance(targets, Tensor) and targets.ndim == 2 and targets.is_floating_point():
+        targets = targets.argmax(dim=1)
     if logits is None or not isinstance(targets, Tensor) or logits.ndim != 2 or targets.ndim != 1:
         return None
     if len(logits) != len(targets) or logits.shape[1] == 0 or targets.is_floating_point():

@@ -84,7 +84,7 @@ class TrainSettings(CheckedSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
-        if self.warmup_epochs >= self.epochs:
+        if 0 < self.epochs <= self.warmup_epochs:
             raise refusal(f"warmup_epochs={self.warmup_epochs} leaves no epoch of {self.epochs}; lower it.")
         if self.min_lr >= self.lr:
             raise refusal(f"min_lr={self.min_lr:g} is not below lr={self.lr:g}; lower it.")
