@@ -25,7 +25,7 @@ from widthkit.files import atomic_json
 from widthkit.run.config import RunConfig, command_line
 from widthkit.run.option import SEARCH, SLIM, TRAIN
 from widthkit.search import SearchResult
-from widthkit.train.result import epochs_done
+from widthkit.train.runfile import epochs_done
 
 _SEARCHED = (".json", "-journal*")
 

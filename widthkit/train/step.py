@@ -18,8 +18,8 @@ class StepContext:
     """One batch and the tools to learn from it.
 
     A network that :class:`TrainsItself` runs itself under ``step.amp()``, gives every loss to ``step.backward``, and
-    returns the detached scalar loss to show. The engine sets gradients to zero before and updates weights after. Any
-    other module gets :func:`plain_step`.
+    returns the detached scalar loss to show. The engine sets gradients to zero before and updates weights after one
+    batch, or several that it averages. Any other module gets :func:`plain_step`.
 
     Attributes:
         inputs: A tensor, or a tuple or dict of tensors, on the training device.
@@ -29,10 +29,10 @@ class StepContext:
         loss: The criterion, ``(outputs, targets) -> scalar tensor``.
         backward: Computes gradients of a loss; they add up in ``.grad`` over calls.
         generator: A CPU generator for the step's random choices. Its seed follows from the run's seed, the process
-            and ``index``: processes differ, a resumed run repeats.
+            and the number of batches before: processes differ, a resumed run repeats.
         amp: Makes the autocast scope for forwards; it does nothing in full precision.
         outputs: The step may put outputs here; the progress bar shows their accuracy.
-        progress: Share of the whole run that is done before this step, in ``[0, 1)``; it grows by epochs where the
+        progress: Share of the whole run that is done before this batch, in ``[0, 1)``; it grows by epochs where the
             loader does not know its length.
     """
 
