@@ -37,8 +37,6 @@ class KillAfter:
             raise Kill
         return F.cross_entropy(outputs, targets)
 
-    __qualname__ = "KillAfter"
-
 
 def thin_net(seed=0):
     torch.manual_seed(seed)

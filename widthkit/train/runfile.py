@@ -41,11 +41,12 @@ class RunFiles:
         return time.monotonic() >= self._next
 
     def read(self) -> dict[str, Any] | None:
-        """Read the last checkpoint that is not damaged; ``None`` if there is none yet.
+        """Read the last checkpoint that is not damaged; ``None`` if there is none yet. Every process must call this.
 
         Raises:
             CheckpointError: If all are damaged, or the checkpoint is of a run with other settings.
         """
+        parallel.wait_for_all()  # Process 0 may still write.
         stored, used, remark = _read_last(self.folder)
         if stored is None:
             return None

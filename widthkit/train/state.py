@@ -107,7 +107,8 @@ class TrainingState:
             self.schedule.at(self.position)
         before, now = stored["processes"], parallel.processes()
         if before != now and self.done < self.settings.epochs and parallel.process_index() == 0:
-            print(f"the run goes on with {now} process(es); it had {before} before", file=sys.stderr, flush=True)
+            noun = "process" if now == 1 else "processes"
+            print(f"the run goes on with {now} {noun}, it had {before} before", file=sys.stderr, flush=True)
 
     def buffers(self) -> dict[str, Tensor]:
         """Name what differs between processes within an epoch."""
