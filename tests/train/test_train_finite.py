@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from widthkit.errors import OptionError
 from widthkit.testing import small_batch, small_graph, small_net
 from widthkit.train import train
 from widthkit.train.checkpoint import load_tree
+from widthkit.train.finite import Watch
 
 QUIET = {"device": "cpu", "progress": False}
 
@@ -92,7 +94,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_p
     for clip_grad in (None, 5.0):
         calls = iter(range(100))
         _, _, message = run(batches(), loss=loss, clip_grad=clip_grad, out=tmp_path)
-        assert "after 5 updates of the run: the gradient is not finite" in message
+        assert "after 5 updates of the run: the norm of the gradient is not finite" in message
         stored = load_tree(tmp_path / "not-finite-5.safetensors")
         assert stored["weights_before_update"] == 5
         assert all(tensor.isfinite().all() for tensor in stored["weights"].values())
@@ -185,3 +187,41 @@ def test_cross_entropy_of_infinite_logits_is_noticed():
     net = nn.Linear(2, 2)
     x = torch.tensor([[math.inf, 0.0]])
     run([(x, torch.tensor([0]))], loss=F.cross_entropy, net=net)
+
+
+# --- accelerators, which are looked at now and then -------------------------------------------------------------------
+
+
+@pytest.fixture
+def seldom(monkeypatch):
+    """Look as seldom as on an accelerator, on the CPU."""
+    # Not by its path in a string: ``widthkit.train`` is also the name of a function.
+    monkeypatch.setattr(import_module("widthkit.train.loop"), "Watch", lambda device: Watch(torch.device("cuda")))
+
+
+@pytest.mark.parametrize(("bad", "noticed"), [(26, 40), (40, 45)])
+def test_where_looking_is_costly_the_batch_is_read_again(tmp_path, seldom, bad, noticed):
+    """Epochs have 45 batches; looks follow 20, 40 and 45."""
+    data, calls = batches(45), []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        return mse_loss(outputs, targets) * (math.nan if len(calls) == 45 + bad + 1 else 1)
+
+    net, states, message = run(data, loss=loss, out=tmp_path)
+    assert len(calls) == 45 + noticed
+    assert f"in epoch 2, after {45 + bad} updates of the run: the loss is nan" in message
+    stored = load_tree(tmp_path / f"not-finite-{45 + bad}.safetensors")
+    assert torch.equal(stored["inputs"], data[bad][0])
+    assert torch.equal(stored["targets"], data[bad][1])
+    assert [stored[name] for name in ("update", "batch", "weights_before_update")] == [45 + bad, bad, 45]
+    assert same(stored["weights"], states[1])
+    assert same(net.state_dict(), states[1])
+
+
+def test_a_loader_that_cannot_be_read_again_leaves_the_rest(tmp_path, seldom):
+    _, _, message = run(iter(batches(45)), epochs=1, loss=spoil({3}), out=tmp_path)
+    assert "after 3 updates" in message
+    stored = load_tree(tmp_path / "not-finite-3.safetensors")
+    assert stored["inputs"] is stored["targets"] is None
+    assert stored["batch"] == 3

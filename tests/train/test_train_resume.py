@@ -238,11 +238,20 @@ def test_every_epoch_has_one_line_of_figures(tmp_path):
     assert [entry["epoch"] for entry in lines(tmp_path / "cut")] == [1, 2, 3, 4]
 
 
-def test_a_lost_line_comes_back(tmp_path):
-    result = train(thin_net(), digits(), 2, out=tmp_path, **QUIET)
-    (tmp_path / METRICS).unlink()
+def test_lost_lines_come_back(tmp_path):
+    with pytest.raises(Kill):
+        train(thin_net(), digits(), 4, out=tmp_path, loss=KillAfter(17), **QUIET)
+    (tmp_path / METRICS).write_text('{"epoch": 1}\n')
+    with pytest.raises(Kill):
+        train(thin_net(), digits(), 4, out=tmp_path, resume=True, loss=KillAfter(1), **QUIET)
+    assert [(entry["epoch"], "loss" in entry) for entry in lines(tmp_path)] == [(1, True), (2, True), (3, True)]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    train(thin_net(), digits(), 2, out=tmp_path, **QUIET)
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     train(thin_net(), digits(), 2, out=tmp_path, resume=True, **QUIET)
-    assert lines(tmp_path) == result.history
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
 
 
 def test_figures_that_are_no_numbers_are_null(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,11 +114,11 @@ class Watch:
                 return f"the loss is {float(self._first.loss)}", self._first.update, self._first.batch
             self._seen = self._seen[-1:]
             if self.at_once and not _finite_gradients(parameters):
-                return "the gradient is not finite", self._seen[0].update, self._seen[0].batch
+                return "the norm of the gradient is not finite", self._seen[0].update, self._seen[0].batch
         return None
 
 
 def _finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    largest = nn.utils.get_total_norm([grad for grad in found if not grad.is_sparse], math.inf)
-    return bool(largest.isfinite())
+    # The norm takes a few thousandths of a step; testing every number takes a tenth of it.
+    return bool(nn.utils.get_total_norm([grad for grad in found if not grad.is_sparse]).isfinite())

@@ -79,7 +79,7 @@ class Trainer(TrainingState):
             OptionError: If the loss or a weight is no longer finite; the module is as the last epoch left it.
             DataError: If the loader gives no batch, or something that is not a batch.
         """
-        if files is not None and self.history:
+        if files is not None and 0 < self.done < self.settings.epochs:
             files.write_metrics(self.history)
         shown = progress and parallel.process_index() == 0
         with TrainingBar(shown, self.settings.epochs, self.length, self.position) as bar:
@@ -248,6 +248,8 @@ class Trainer(TrainingState):
 
     def _read_again(self, batch: int) -> Any:
         """Read a batch of this epoch once more; its augmentation may be drawn differently."""
+        if isinstance(self.loader, Iterator):
+            return None
         with self._order():
             found = next(islice(iter(self.loader), batch, None), None)
         return None if found is None else split_batch(found)

@@ -26,7 +26,7 @@ class Place:
         lr: The learning rate at the start of the epoch.
         batches: This process's batches so far.
         seconds: Time that the epoch took before the run was stopped.
-        random: States of the random generators after the last batch, where a run is resumed.
+        generators: States of the random generators after the last batch, where a run is resumed.
         started: When this process began with the epoch.
     """
 
@@ -34,7 +34,7 @@ class Place:
     lr: float
     batches: int = 0
     seconds: float = 0.0
-    random: Mapping[str, Any] | None = None
+    generators: Mapping[str, Any] | None = None
     started: float = 0.0
 
     def begin(self) -> None:
@@ -63,8 +63,8 @@ class Place:
                 f"the run has seen {self.batches} batches of this epoch and the loader gives {dropped}; pass the "
                 "loader that it began with."
             )
-        if self.random is not None:
-            set_random_states(self.random, device)
+        if self.generators is not None:
+            set_random_states(self.generators, device)
         return batches
 
     def state_dict(self, buffers: Mapping[str, Tensor], length: int | None) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Place:
         """
         own = {
             "totals": self.totals.state_dict(),
-            "random": random_states(self.totals.device),
+            "generators": random_states(self.totals.device),
             "buffers": {name: buffer.detach().cpu() for name, buffer in buffers.items()},
         }
         return {
@@ -107,7 +107,7 @@ def place_of(
     place = Place(Totals(device), state["lr"], state["batches"], state["seconds"])
     mine = parallel.process_index()
     if same:
-        place.random = each[mine]["random"]
+        place.generators = each[mine]["generators"]
     elif state["share"] is not None and length:
         place.batches = round(state["share"] * length)
     else:
