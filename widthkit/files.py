@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from widthkit.errors import OptionError
@@ -62,6 +62,26 @@ def atomic_json(path: Path, value: object) -> None:
     except (TypeError, ValueError) as error:
         raise OptionError(f"cannot write {path}: {error}. Pass numbers, text, lists and dicts only.") from error
     atomic_write(Path(path), (text + "\n").encode("utf-8"))
+
+
+def atomic_json_lines(path: Path, values: Iterable[object]) -> None:
+    """Write one line of JSON per value, all of them or nothing; NaN and infinity become null.
+
+    Args:
+        path: The file to write.
+        values: Plain values.
+
+    Raises:
+        OptionError: If the file cannot be written.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "a.jsonl"
+    >>> atomic_json_lines(target, [{"epoch": 1}, {"epoch": 2, "accuracy": float("nan")}])
+    >>> target.read_text().splitlines()
+    ['{"epoch": 1}', '{"epoch": 2, "accuracy": null}']
+    """
+    lines = [json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False) + "\n" for value in values]
+    atomic_write(Path(path), "".join(lines).encode("utf-8"))
 
 
 def replace_with(target: Path, write: Callable[[Path], None]) -> None:

@@ -29,7 +29,7 @@ from widthkit.run.kept_recipe import check_not_edited, keep_recipe, kept_recipe
 from widthkit.run.option import SEARCH, SLIM, TRAIN
 from widthkit.run.recipe import Recipe
 from widthkit.search import SearchResult
-from widthkit.train.result import epochs_done
+from widthkit.train.runfile import epochs_done
 
 _SEARCHED = (".json", "-journal*")
 

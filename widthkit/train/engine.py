@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,17 @@ from torch import nn
 
 from widthkit.checked import checked
 from widthkit.errors import Option, OptionError
-from widthkit.train import parallel
 from widthkit.train.launch import join
 from widthkit.train.loop import Trainer
 from widthkit.train.losses import Loss, cross_entropy
 from widthkit.train.modes import checked_device, training_flags
 from widthkit.train.optim import make_optimizer
 from widthkit.train.precision import Precision
-from widthkit.train.result import TrainResult, prepare_out, read_run
-from widthkit.train.settings import TrainSettings, check_loader, check_seed, fingerprint
+from widthkit.train.result import TrainResult
+from widthkit.train.runfile import RunFiles, prepare_out
+from widthkit.train.settings import TrainSettings, check_loader, check_minutes, check_seed, fingerprint
 from widthkit.train.teacher import Teacher
+from widthkit.train.trackers import check_trackers, tracking
 
 
 def train(
@@ -36,6 +37,8 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    checkpoint_minutes: float = 10.0,
+    trackers: Sequence[str] = (),
     **settings: Any,
 ) -> TrainResult:
     """Train ``net`` in place.
@@ -45,9 +48,19 @@ def train(
     called after every epoch, and its figures join the history. Started with ``torchrun``, the processes divide
     each epoch of a ``DataLoader`` and average their gradients; other loaders must differ per process by themselves.
 
-    The state of the user's random generators is the same afterwards, and so are all training flags. An epoch depends
-    on ``seed`` and its number only, so a resumed run gives the same weights as one that was never stopped (on one
-    machine, as far as its kernels are deterministic). The module stays on the device it was trained on.
+    The state of the user's random generators is the same afterwards, and so are all training flags. A resumed run
+    gives the same weights as one that was never stopped (on one machine, as far as its kernels are deterministic, with
+    as many processes as before). Within an epoch the loader is read again, and the batches seen already are dropped.
+    With another number of processes the run goes on at the same share of the epoch. The module stays on the device it
+    was trained on.
+
+    A loss, gradient or weight that is not finite stops the run: at that step on the CPU, within 20 batches on an
+    accelerator, which would have to wait for it. ``not-finite-UPDATE.safetensors`` in ``out`` then holds the step, for
+    :func:`widthkit.train.checkpoint.load_tree`: ``what`` was not finite; ``inputs`` and ``targets`` (on an accelerator
+    read again from the loader, so augmentation may differ; ``None`` if that cannot be done); ``update``, ``epoch`` and
+    ``batch`` (in the epoch), all counted from 0; ``process``, ``seed``; ``widths``, those that a supernet trained and
+    recorded in this step; ``weights``, as they were before update ``weights_before_update``, which is the step's own
+    on the CPU and the epoch's first one elsewhere.
 
     Args:
         net: The module; what does not require a gradient is not trained.
@@ -63,11 +76,16 @@ def train(
             trains itself it is what its step returns: supernets return losses on the targets, which compare widths.
         device: Such as ``cpu`` or ``cuda:1``; an accelerator if there is one when ``None``, else the CPU.
         seed: Seed of data order, augmentation, dropout and the strategy's random choices.
-        out: Folder for ``checkpoint.safetensors``, written after every epoch; nothing is written when ``None``.
-        resume: Continue from the checkpoint in ``out``; start from scratch if there is none. A finished run returns
-            at once, with its stored weights in ``net``.
+        out: Folder for ``checkpoint.safetensors``, written after every epoch and every ``checkpoint_minutes``, the one
+            before it, ``checkpoint-before.safetensors``, and ``metrics.jsonl``, one line per epoch. Nothing is written
+            when ``None``.
+        resume: Continue from the checkpoint in ``out``, or from the one before if it is damaged; start from scratch if
+            there is none. A finished run returns at once, with its stored weights in ``net``.
         progress: Show a bar on a terminal, else one line per epoch, on standard error.
         on_epoch: Called after every epoch, in every process, with that epoch's entry of the history.
+        checkpoint_minutes: Time between two checkpoints within an epoch.
+        trackers: Experiment trackers that are told every epoch's figures, by Accelerate's names such as
+            ``tensorboard``; a resumed run tells them the earlier epochs again.
         **settings: Optimiser, schedule and the rest: the fields of :class:`widthkit.train.TrainSettings`.
 
     Returns:
@@ -78,7 +96,7 @@ def train(
             infinite or NaN (the module is then as the last epoch left it).
         DataError: If the loader is empty or gives something that is not a batch.
         ModelError: If there is nothing to train, or the outputs do not fit the loss or the teacher.
-        CheckpointError: If the checkpoint is damaged, of a run with other settings, or cannot be written.
+        CheckpointError: If all checkpoints are damaged, of a run with other settings, or cannot be written.
 
     >>> net = nn.Linear(2, 2)
     >>> batches = [(torch.eye(2), torch.tensor([0, 1]))] * 10
@@ -88,6 +106,8 @@ def train(
     """
     how = checked(TrainSettings, {"epochs": epochs, **settings})
     check_seed(seed)
+    check_minutes(checkpoint_minutes)
+    check_trackers(trackers, out)
     check_loader(loader)
     target = checked_device(device)
     made = make_optimizer(net, how)
@@ -96,16 +116,19 @@ def train(
     precision = Precision(how.mixed_precision, place)
     leader = None if teacher is None else Teacher(teacher, net, how, place)
     with training_flags(net):
-        file = prepare_out(out)
-        mark = fingerprint(how, seed, net, loader, criterion, parallel.processes(), teacher)
+        mark = fingerprint(how, seed, net, loader, criterion, teacher)
+        files = None if out is None else RunFiles(prepare_out(out), mark, checkpoint_minutes)
         # Read and compared before the module moves or changes.
-        stored = read_run(file, mark) if resume and file is not None else None
+        stored = files.read() if resume and files is not None else None
         trainer = Trainer(net, loader, how, seed, criterion, made, precision, place)
         if leader is not None:
             trainer.step = leader.leading(trainer.step)
         if stored is not None:
             trainer.restore(stored)
-        return trainer.fit(file, mark, progress, on_epoch)
+        with tracking(trackers, out, {**how.model_dump(), "seed": seed}, place.type == "cpu") as tell:
+            for entry in trainer.history:
+                tell(entry)
+            return trainer.fit(files, progress, [tell, *([] if on_epoch is None else [on_epoch])])
 
 
 def check_engine(mixed_precision: str, device: str | torch.device | None) -> None:

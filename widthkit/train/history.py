@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,11 +42,21 @@ class WidthHistory:
         self.keep = keep
         self._best: dict[tuple[int, ...], float] = {}
         self._pending: list[tuple[tuple[int, ...], Tensor]] = []
+        self._of_step: deque[tuple[int, ...]] = deque(maxlen=_MOST_PENDING)
 
     @property
     def records(self) -> list[WidthRecord]:
         """The kept width vectors, the least loss first; those of an epoch appear when it ends."""
         return [(dict(zip(self.names, vector, strict=True)), loss) for vector, loss in self._sorted()]
+
+    @property
+    def of_step(self) -> list[dict[str, int]]:
+        """The width vectors recorded since :meth:`begin_step`."""
+        return [dict(zip(self.names, vector, strict=True)) for vector in self._of_step]
+
+    def begin_step(self) -> None:
+        """Start a new list of the step's width vectors."""
+        self._of_step.clear()
 
     def record(self, widths: Mapping[str, int], loss: Tensor) -> None:
         """Note the loss of a width vector on the batch of this step.
@@ -64,23 +75,21 @@ class WidthHistory:
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise PluginError(f"a strategy must record one loss, a scalar tensor, not {type(loss).__name__}")
-        self._pending.append((tuple(int(widths[name]) for name in self.names), loss.detach().reshape(())))
+        vector = tuple(int(widths[name]) for name in self.names)
+        self._of_step.append(vector)
+        self._pending.append((vector, loss.detach().reshape(())))
         if len(self._pending) >= _MOST_PENDING:
             self._read_pending()
 
     def end_epoch(self) -> None:
-        """Add the records of this epoch and share them; every process must call this."""
+        """Add the records so far and share them; every process must call this, at the end of an epoch at the latest."""
         self._read_pending()
         for others in parallel.gather_objects(self._sorted()):
             for vector, loss in others:
                 self._add(vector, loss)
 
-    def drop_pending(self) -> None:
-        """Forget the records since the last epoch ended, because training diverged."""
-        self._pending = []
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the kept records as plain values."""
+        """Return the kept records as plain values; those since the last :meth:`end_epoch` are not among them."""
         return {"names": list(self.names), "best": [[list(vector), loss] for vector, loss in self._sorted()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

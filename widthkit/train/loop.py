@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from widthkit.errors import DataError, ModelError, Option, OptionError
+from widthkit.errors import DataError, ModelError
 from widthkit.train import parallel
-from widthkit.train.history import WidthHistory
+from widthkit.train.finite import LOOK_EVERY, NotFinite, Seen, Watch
 from widthkit.train.losses import Loss, binding, count_correct
-from widthkit.train.modes import batch_size, split_batch
-from widthkit.train.optim import Schedule
+from widthkit.train.modes import batch_size, channels_last, split_batch
+from widthkit.train.position import Place
 from widthkit.train.precision import Precision
 from widthkit.train.progress import TrainingBar
-from widthkit.train.result import Totals, TrainResult, figures, write_run
+from widthkit.train.result import Totals, TrainResult, figures
 from widthkit.train.rng import mix, seeded
+from widthkit.train.rollback import Start, diverged, replay_file, store_step
+from widthkit.train.runfile import RunFiles
 from widthkit.train.settings import TrainSettings, loader_length
 from widthkit.train.shards import seeded_order, shard
+from widthkit.train.state import TrainingState
 from widthkit.train.step import EndsEpochs, StepContext, TrainsItself, plain_step
 
-_LOOK_EVERY = 20
-"""Updates between two looks at the loss, because reading it makes a GPU wait."""
+Listener = Callable[[dict[str, float]], None]
 
 
-class Trainer:
-    """A network in training, with all that a checkpoint must hold.
+class Trainer(TrainingState):
+    """Trains a network.
 
     Args:
         net: The module; it moves to the device here.
@@ -57,117 +57,120 @@ class Trainer:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self.net, self.settings, self.seed = net, settings, seed
-        self.loss, self.bind = loss, binding(loss)
-        self.optimizer, self.precision, self.device = optimizer, precision, device
         net.to(device)
+        if settings.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         parallel.broadcast_module(net)
         self.loader = shard(loader)
+        super().__init__(net, loader_length(self.loader), settings, optimizer, precision, device)
+        self.seed, self.loss, self.bind = seed, loss, binding(loss)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.schedule = Schedule(optimizer, settings)
         self.step: Callable[[StepContext], Tensor] = partial(plain_step, net)
         if isinstance(net, TrainsItself):
             self.step = net.train_step
-        history = getattr(net, "width_history", None)
-        self.widths = history if isinstance(history, WidthHistory) else None
-        self.done, self.updates = 0, 0
-        self.history: list[dict[str, float]] = []
+        self.watch = Watch(device)
+        self._waiting = 0  # batches since the last update
+        self._due = False  # a checkpoint, after this update
 
-    def state(self) -> dict[str, Any]:
-        """Return everything that the next epoch depends on, and the history of widths."""
-        return {
-            "model": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.precision.state_dict(),
-            "updates": self.updates,
-            "widths": None if self.widths is None else self.widths.state_dict(),
-        }
+    # --- epochs -------------------------------------------------------------------------------------------------------
 
-    def restore(self, stored: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint of the same run."""
-        state = stored["state"]
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.precision.load_state_dict(state["scaler"])
-        if self.widths is not None and state.get("widths") is not None:
-            self.widths.load_state_dict(state["widths"])
-        self.updates, self.done, self.history = state["updates"], stored["done"], stored["history"]
-
-    def fit(
-        self,
-        file: Path | None,
-        fingerprint: Mapping[str, Any],
-        progress: bool,
-        on_epoch: Callable[[dict[str, float]], None] | None,
-    ) -> TrainResult:
-        """Train the remaining epochs; write a checkpoint after each if there is a ``file``.
+    def fit(self, files: RunFiles | None, progress: bool, listeners: Sequence[Listener]) -> TrainResult:
+        """Train the rest of the run; write checkpoints if there are ``files``.
 
         Raises:
             OptionError: If the loss or a weight is no longer finite; the module is as the last epoch left it.
             DataError: If the loader gives no batch, or something that is not a batch.
         """
-        main = parallel.process_index() == 0
-        updates = loader_length(self.loader)
-        with TrainingBar(progress and main, self.settings.epochs, updates, self.done) as bar:
+        if files is not None and 0 < self.done < self.settings.epochs:
+            files.write_metrics(self.history)
+        shown = progress and parallel.process_index() == 0
+        with TrainingBar(shown, self.settings.epochs, self.length, self.position) as bar:
             while self.done < self.settings.epochs:
-                entry = self._epoch_or_roll_back(bar)
-                self.history.append(entry)
-                if file is not None and main:
-                    write_run(file, fingerprint, self.done, self.history, self.state())
+                entry = self._epoch_or_roll_back(files, bar)
+                if files is not None:
+                    files.write(self.stored())
                 parallel.wait_for_all()
                 bar.epoch_done(entry)
-                if on_epoch is not None:
-                    on_epoch(dict(entry))
+                for listener in listeners:
+                    listener(dict(entry))
+        if self.average is not None:
+            self.average.copy_to(self.net)
         return TrainResult(self.done, self.history)
 
-    def _epoch_or_roll_back(self, bar: TrainingBar) -> dict[str, float]:
-        before = _snapshot(self.net)
-        lr = self.schedule.lr
+    def _epoch_or_roll_back(self, files: RunFiles | None, bar: TrainingBar) -> dict[str, float]:
+        start = Start(self.net, self.widths, self.updates, resumed=self.here.batches > 0)
         try:
-            entry = self._epoch(bar)
-        except FloatingPointError as error:
-            self.net.load_state_dict(before)
-            if self.widths is not None:
-                self.widths.drop_pending()
-            raise OptionError(
-                f"training diverged in epoch {self.done + 1}: {error}. The model is as the last epoch left it; lower ",
-                Option("lr"),
-                f" (now {self.settings.lr:g}) or ",
-                Option("clip_grad"),
-                f" (now {self.settings.clip_grad}).",
-            ) from None
+            found = self._epoch(files, bar)
+        except NotFinite as error:
+            stored = None if files is None else self._store_step(error, start, files)
+            start.put_back()
+            raise diverged(error, self.done + 1, start, stored, self.settings) from None
         finally:
             self.optimizer.zero_grad()
         self.done += 1
+        entry = {"epoch": self.done, "loss": found["loss"], "accuracy": found["accuracy"], "lr": self.here.lr, **found}
+        self.history.append(entry)
         self.schedule.after_epoch(entry["loss"])
         self.schedule.at(self.done)
-        return {"epoch": self.done, "loss": entry["loss"], "accuracy": entry["accuracy"], "lr": lr, **entry}
+        self.here, self._due = Place(Totals(self.device), self.schedule.lr), False
+        return entry
 
-    def _epoch(self, bar: TrainingBar) -> dict[str, float]:
-        totals, start = Totals(self.device), time.perf_counter()
-        seed = mix(self.seed, self.done)
+    def _epoch(self, files: RunFiles | None, bar: TrainingBar) -> dict[str, float]:
+        here = self.here
+        here.begin()
         self.net.train()
-        with seeded(mix(seed, parallel.process_index())), seeded_order(self.loader, seed, self.done):
-            for count, batch in enumerate(self.loader, start=1):
-                self._update(batch, totals)
+        with self._order():
+            for batch in here.rest(self.loader, self.device):
+                self._learn(batch)
                 bar.advance(self.done)
-                if count % _LOOK_EVERY == 0:
-                    bar.figures(_finite_figures(totals, start))
-        if totals.images == 0:
-            raise DataError(f"the loader gave no batch in epoch {self.done + 1}; pass one that can be read repeatedly.")
-        parallel.average_buffers(self.net)
-        _check_weights(self.parameters)
+                if here.batches % self.watch.every == 0:
+                    self._look(files)
+                if here.batches % LOOK_EVERY == 0:
+                    bar.figures(self._figures())
+                if self._waiting == self.settings.accumulate:
+                    self._update()
+                    self._save_if_due(files)
+            if not here.batches:
+                raise DataError(
+                    f"the loader gave no batch in epoch {self.done + 1}; pass one that can be read repeatedly."
+                )
+            if here.batches % self.watch.every:
+                self._look(files)
+            if self._waiting:
+                self._update()
+        parallel.average_buffers(list(self.buffers().values()))
+        self.watch.check_weights(self.parameters)
         if self.widths is not None:
             self.widths.end_epoch()
-        result = _finite_figures(totals, start)
-        return {**result, **(self.net.end_epoch() if isinstance(self.net, EndsEpochs) else {})}
+        return {**self._figures(), **(self.net.end_epoch() if isinstance(self.net, EndsEpochs) else {})}
 
-    def _update(self, batch: Any, totals: Totals) -> None:
+    @contextmanager
+    def _order(self) -> Iterator[None]:
+        """Make order and random choices follow from the epoch's number."""
+        seed = mix(self.seed, self.done)
+        with seeded(mix(seed, parallel.process_index())), seeded_order(self.loader, seed, self.done):
+            yield
+
+    def _figures(self) -> dict[str, float]:
+        return figures(parallel.sum_over_processes(self.here.totals.as_tensor()), self.here.elapsed)
+
+    def _save_if_due(self, files: RunFiles | None) -> None:
+        if files is not None and self._due:
+            self._due = False
+            files.write(self.stored())
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _learn(self, batch: Any) -> None:
+        """Add the gradients of one batch."""
         inputs, targets = send_to_device(split_batch(batch), self.device)
+        if self.settings.channels_last:
+            inputs = channels_last(inputs)
         context = self._context(inputs, targets)
-        self.optimizer.zero_grad()
+        if self._waiting == 0:
+            self.optimizer.zero_grad()
+        if self.widths is not None:
+            self.widths.begin_step()
         try:
             loss = self.step(context)
         except ValueError as error:
@@ -178,14 +181,30 @@ class Trainer:
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ModelError(f"the training step of {type(self.net).__name__} must return one loss, a scalar tensor.")
+        widths = [] if self.widths is None else self.widths.of_step
+        data = (inputs, targets) if self.watch.at_once else None
+        self.watch.note(Seen(self.updates, self.here.batches, loss, widths, data))
+        self.here.totals.add(loss, count_correct(context.outputs, targets, self.loss), batch_size(inputs))
+        self.here.batches += 1
+        self.batches += 1
+        self._waiting += 1
+
+    def _update(self) -> None:
+        """Change the weights by the mean gradient of the batches since the last update."""
+        if self._waiting > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self._waiting
         parallel.average_gradients(self.parameters)
         self.precision.update(self.optimizer, self.parameters, self.settings.clip_grad)
+        if self.average is not None:
+            self.average.update(self.net)
         self.updates += 1
-        self.schedule.at(self._progress() * self.settings.epochs)
-        totals.add(loss, count_correct(context.outputs, targets, self.loss), batch_size(inputs))
+        self._waiting = 0
+        self.schedule.at(self.position)
 
     def _context(self, inputs: Any, targets: Any) -> StepContext:
-        seed = mix(self.seed, parallel.process_index(), self.updates)
+        seed = mix(self.seed, parallel.process_index(), self.batches)
         return StepContext(
             inputs=inputs,
             targets=targets,
@@ -195,33 +214,44 @@ class Trainer:
             backward=self.precision.backward,
             generator=torch.Generator().manual_seed(seed),
             amp=self.precision.autocast,
-            progress=self._progress(),
+            progress=self.position / self.settings.epochs,
         )
 
-    def _progress(self) -> float:
-        length = loader_length(self.loader)
-        total = self.settings.epochs * (length or 0)
-        return min(self.updates / total, 1.0) if total else self.done / self.settings.epochs
+    # --- what is not finite -------------------------------------------------------------------------------------------
 
+    def _look(self, files: RunFiles | None) -> None:
+        if self.watch.look(self.parameters, files is not None and files.due()):
+            self._due = True
 
-def _finite_figures(totals: Totals, start: float) -> dict[str, float]:
-    """Read the sums over all processes, so that all of them stop together if the loss is not finite."""
-    result = figures(parallel.sum_over_processes(totals.as_tensor()), time.perf_counter() - start)
-    if not math.isfinite(result["loss"]):
-        raise FloatingPointError(f"the loss is {result['loss']}")
-    return result
+    def _store_step(self, error: NotFinite, start: Start, files: RunFiles) -> str:
+        """Write a step that was not finite to a file; every process must call this."""
+        seen = self.watch.last
+        data = None if self.watch.at_once else self._read_again(error.batch)
+        if seen is None:
+            return "no batch was read"
+        if error.process != parallel.process_index():
+            return f"{replay_file(files.folder, error.update)} has its batch"
+        inputs, targets = seen.data or data or (None, None)
+        current = self.updates == seen.update
+        content = {
+            "what": str(error),
+            "inputs": inputs,
+            "targets": targets,
+            "update": seen.update,
+            "epoch": self.done,
+            "batch": seen.batch,
+            "process": error.process,
+            "seed": self.seed,
+            "widths": seen.widths,
+            "weights": self.net.state_dict() if current else start.state,
+            "weights_before_update": seen.update if current else start.updates,
+        }
+        return store_step(files.folder, error.update, content)
 
-
-def _check_weights(parameters: list[nn.Parameter]) -> None:
-    """Refuse weights that are not finite; the last update of an epoch may spoil them after the last loss."""
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all()
-    if not finite.item():
-        raise FloatingPointError("a weight is not finite")
-
-
-def _snapshot(net: nn.Module) -> dict[str, Any]:
-    """Copy a module's state to the memory of the CPU."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        for name, value in net.state_dict().items()
-    }
+    def _read_again(self, batch: int) -> Any:
+        """Read a batch of this epoch once more; its augmentation may be drawn differently."""
+        if isinstance(self.loader, Iterator):
+            return None
+        with self._order():
+            found = next(islice(iter(self.loader), batch, None), None)
+        return None if found is None else split_batch(found)

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from widthkit.errors import DataError, Option, OptionError, first_line
@@ -81,6 +82,19 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def channels_last(inputs: Any) -> Any:
+    """Give the images among a batch's inputs, which are tensors of four dims, the memory format ``channels_last``.
+
+    >>> channels_last({"images": torch.zeros(2, 3, 4, 4), "sizes": torch.zeros(2)})["images"].stride()
+    (48, 1, 12, 3)
+    """
+    return recursively_apply(
+        lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+        inputs,
+        test_type=lambda value: isinstance(value, Tensor) and value.ndim == 4,
+    )
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:

@@ -41,6 +41,18 @@ def make_optimizer(net: nn.Module, settings: TrainSettings) -> torch.optim.Optim
     return optimizer
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore an optimiser's ``state_dict``; its tensors get the memory formats of their parameters.
+
+    A checkpoint has no memory formats, and kernels may round differently where those of two tensors differ.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
+
+
 class Schedule:
     """The learning rate as a function of the position in the run; ``plateau`` also depends on the losses.
 

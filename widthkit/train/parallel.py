@@ -7,7 +7,7 @@ such step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
@@ -69,11 +69,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     _average_([parameter.grad for parameter in chosen if parameter.grad is not None])
 
 
-def average_buffers(net: nn.Module) -> None:
-    """Give all processes the same buffers: means of the real ones (running statistics), process 0's of the others."""
+def average_buffers(buffers: Sequence[Tensor]) -> None:
+    """Give all processes the same buffers: means of the real ones (running statistics), process 0's of the others.
+
+    Args:
+        buffers: The same buffers in the same order on every process.
+    """
     if processes() == 1:
         return
-    buffers = list(net.buffers())
     _average_([buffer for buffer in buffers if buffer.is_floating_point()])
     for buffer in buffers:
         if not buffer.is_floating_point():
@@ -94,6 +97,23 @@ def sum_over_processes(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return, flag by flag, whether any process has set it; every process must call this.
+
+    Args:
+        flags: Equally many on every process.
+        device: Where the network computes.
+
+    >>> any_of([True, False], torch.device("cpu"))
+    [True, False]
+    """
+    if processes() == 1:
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -21,16 +21,16 @@ class TrainingBar:
         show: Whether to show anything.
         epochs: Number of epochs of the run.
         updates_per_epoch: Number of updates in an epoch, or ``None`` if not known.
-        done: Number of epochs done before (a resumed run).
+        done: Epochs done before (a resumed run), as a fraction within one.
     """
 
-    def __init__(self, show: bool, epochs: int, updates_per_epoch: int | None, done: int) -> None:
+    def __init__(self, show: bool, epochs: int, updates_per_epoch: int | None, done: float) -> None:
         self.epochs = epochs
         self.plain = show and not sys.stderr.isatty()
         self.bar = _rich_bar() if show and not self.plain else None
         if self.bar is not None:
             total = None if updates_per_epoch is None else epochs * updates_per_epoch
-            completed = done * (updates_per_epoch or 0)
+            completed = round(done * (updates_per_epoch or 0))
             self.task = self.bar.add_task("training", total=total, completed=completed, epoch="", figures="")
 
     def __enter__(self) -> TrainingBar:

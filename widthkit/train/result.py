@@ -1,22 +1,14 @@
-"""The result of a training: the figures of every epoch, and the checkpoint from which it can be resumed."""
+"""The result of a training: the figures of every epoch, and the sums that they are made of."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from widthkit.errors import CheckpointError, Option, OptionError
-from widthkit.train.checkpoint import load_tree, save_tree
-from widthkit.train.settings import check_same_run
-
-FILE_NAME = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,6 +68,17 @@ class Totals:
             self.scored += images
             self.correct += correct
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, as plain values and tensors on the CPU."""
+        return {"images": self.images, "scored": self.scored, "loss": self.loss.cpu(), "correct": self.correct.cpu()}
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Add what :meth:`state_dict` returned."""
+        self.images += state["images"]
+        self.scored += state["scored"]
+        self.loss += state["loss"].to(self.device)
+        self.correct += state["correct"].to(self.device)
+
     def as_tensor(self) -> Tensor:
         """Return ``(loss sum, hits, samples with hits counted, samples)`` as one tensor on the device."""
         counts = torch.tensor([self.scored, self.images], dtype=self.loss.dtype).to(self.device)
@@ -95,65 +98,3 @@ def figures(sums: Tensor, seconds: float) -> dict[str, float]:
         "images_per_s": images / max(seconds, 1e-9),
         "seconds": seconds,
     }
-
-
-def prepare_out(out: str | Path | None) -> Path | None:
-    """Make the run's folder and return where its checkpoint goes.
-
-    Raises:
-        OptionError: If the folder cannot be made or written to.
-    """
-    if out is None:
-        return None
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(
-            f"cannot make the folder {out}: {error.strerror or error}; choose another ", Option("out")
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OptionError(f"cannot write into the folder {out}: permission denied; choose another ", Option("out"))
-    return folder / FILE_NAME
-
-
-def write_run(file: Path, fingerprint: Mapping[str, Any], done: int, history: list[Any], state: Any) -> None:
-    """Write the checkpoint of a run after ``done`` epochs.
-
-    Raises:
-        CheckpointError: If it cannot be written; the one before is then still there.
-    """
-    save_tree(file, {"fingerprint": dict(fingerprint), "done": done, "history": history, "state": state})
-
-
-def read_run(file: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the checkpoint of the run that has this fingerprint; ``None`` if there is no checkpoint yet.
-
-    Raises:
-        CheckpointError: If it is damaged, or of a run with other settings.
-    """
-    if not file.exists():
-        return None
-    stored = load_tree(file)
-    if not isinstance(stored, dict) or set(stored) != {"fingerprint", "done", "history", "state"}:
-        raise CheckpointError(f"{file} is not the checkpoint of a training run; choose another out folder.")
-    wanted = dict(fingerprint)
-    if stored["done"] >= fingerprint["epochs"]:
-        del wanted["processes"]  # nothing is left to train, so the weights may be used by any number of processes
-    check_same_run(file, stored["fingerprint"], wanted)
-    return stored
-
-
-def epochs_done(out: str | Path) -> int:
-    """Return how many epochs of the run in a folder are done; 0 if there is no checkpoint.
-
-    Raises:
-        CheckpointError: If the checkpoint is damaged.
-    """
-    file = Path(out) / FILE_NAME
-    if not file.exists():
-        return 0
-    stored = load_tree(file)
-    if not isinstance(stored, dict) or not isinstance(stored.get("done"), int):
-        raise CheckpointError(f"{file} is not the checkpoint of a training run; choose another out folder.")
-    return int(stored["done"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,3 +58,37 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of Python's, NumPy's and torch's generators, as plain values and tensors.
+
+    Args:
+        device: The device that a network computes on; the state of its generator is included if it is a CUDA device.
+
+    >>> cpu = torch.device("cpu")
+    >>> states = random_states(cpu)
+    >>> drawn = random.random(), np.random.rand(), torch.rand(()).item()
+    >>> set_random_states(states, cpu)
+    >>> drawn == (random.random(), np.random.rand(), torch.rand(()).item())
+    True
+    """
+    version, words, gauss = random.getstate()
+    kind, keys, place, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(place), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Set what :func:`random_states` returned."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    kind, keys, place, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

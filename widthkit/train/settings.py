@@ -41,11 +41,13 @@ class TrainSettings(CheckedSettings):
         patience: Epochs that ``plateau`` waits.
         clip_grad: Largest norm of the whole gradient, or ``None``; narrow sub-networks of a fresh supernet have steep
             losses.
-        accumulate: Batches per update; their gradients are averaged.
+        accumulate: Batches per update; their gradients are averaged. The last update of an epoch takes what is left.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` (GPU only).
-        channels_last: Keep images and feature maps in the memory format that tensor cores prefer.
+        channels_last: Keep images and feature maps in the memory format that tensor cores prefer; the network's
+            weights stay in it.
         label_smoothing: Share of a target's probability that is spread over all classes; cross entropy only.
-        ema: Decay per update of an average of the weights, which the run ends with; ``None`` turns it off.
+        ema: Decay per update of an average of weights and floating buffers, which starts with the first update and
+            which the network holds at the end of the run; ``None`` turns it off.
         teacher_weight: With a teacher, weight of its soft targets; the labels have the rest.
         temperature: Temperature of the soft targets (Hinton et al. 2015).
         feature_weight: With a teacher, weight of matching where its feature maps are large; 0 turns it off, 1000 is the
@@ -103,6 +105,16 @@ def check_seed(seed: int) -> None:
         raise OptionError(Option("seed"), f" must be a whole number of at least 0, not {seed!r}.")
 
 
+def check_minutes(minutes: float) -> None:
+    """Refuse what is no time between two checkpoints.
+
+    Raises:
+        OptionError: If so.
+    """
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
+        raise OptionError(Option("checkpoint_minutes"), f" must be a number greater than 0, not {minutes!r}.")
+
+
 def check_loader(loader: Iterable[Any]) -> None:
     """Refuse a loader that is known to be empty, or is not iterable.
 
@@ -134,7 +146,6 @@ def fingerprint(
     net: nn.Module,
     loader: Any,
     loss: Any,
-    processes: int,
     teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Describe everything that a resumed run must have in common with the run it continues.
@@ -145,7 +156,6 @@ def fingerprint(
         net: The module to train.
         loader: The loader, as it was passed in.
         loss: The criterion.
-        processes: How many processes train together.
         teacher: The network that it learns from, if there is one.
 
     Returns:
@@ -161,7 +171,6 @@ def fingerprint(
         "shapes": {name: tuple(tensor.shape) for name, tensor in net.named_parameters()},
         "batches": loader_length(loader),
         "batch_size": getattr(loader, "batch_size", None),
-        "processes": processes,
         "teacher": None if teacher is None else state_hash(teacher)[:16],
     }
 

@@ -18,8 +18,8 @@ class StepContext:
     """One batch and the tools to learn from it.
 
     A network that :class:`TrainsItself` runs itself under ``step.amp()``, gives every loss to ``step.backward``, and
-    returns the detached scalar loss to show. The engine sets gradients to zero before and updates weights after. Any
-    other module gets :func:`plain_step`.
+    returns the detached scalar loss to show. The engine sets gradients to zero before and updates weights after one
+    batch, or several that it averages. Any other module gets :func:`plain_step`.
 
     A step that computes a loss with :attr:`loss` learns from ``step.with_teacher(outputs, loss)``, which is the loss
     itself where the run has no teacher.
@@ -32,10 +32,10 @@ class StepContext:
         loss: The criterion, ``(outputs, targets) -> scalar tensor``; one that takes the inputs has them already.
         backward: Computes gradients of a loss; they add up in ``.grad`` over calls.
         generator: A CPU generator for the step's random choices. Its seed follows from the run's seed, the process
-            and ``index``: processes differ, a resumed run repeats.
+            and the number of batches before: processes differ, a resumed run repeats.
         amp: Makes the autocast scope for forwards; it does nothing in full precision.
         outputs: The step may put outputs here; the progress bar shows their accuracy.
-        progress: Share of the whole run that is done before this step, in ``[0, 1)``; it grows by epochs where the
+        progress: Share of the whole run that is done before this batch, in ``[0, 1)``; it grows by epochs where the
             loader does not know its length.
         teacher: Mixes outputs' loss with what a teacher says of them; ``None`` in a run without one.
     """
