@@ -33,6 +33,7 @@ DISTRIBUTION = "widthkit"
 OTHER_MEANINGS = {
     "trace/rules/pointwise.py": {"random", "uniform"},  # names of PyTorch's operators
     "report/run.py": {"uniform"},  # the row of the network that one multiplier gives, as in results.json
+    "report/pictures.py": {"uniform"},
     "run/final.py": {"uniform"},
     "train/augment.py": {"random"},  # torchvision's word for noise
     "bench/latency.py": {"uniform"},

@@ -14,7 +14,8 @@ from widthkit.cli.app import app
 from widthkit.cli.generate import as_flag, with_run_options
 from widthkit.errors import BudgetError, Option, OptionError, WidthkitError
 from widthkit.graph.space import uniform_space
-from widthkit.run.config import RunConfig, command_line, run_options
+from widthkit.run.command_line import command_line
+from widthkit.run.config import RunConfig, run_options
 from widthkit.run.folder import RunFolder
 from widthkit.testing import small_graph
 

@@ -74,20 +74,18 @@ def _parameter(option: RunOption) -> inspect.Parameter:
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if option.required else _default(option),
+        default=inspect.Parameter.empty if option.required else None,
         annotation=Annotated[option.text_kind if option.required else option.text_kind | None, _info(option)],
     )
 
 
-def _default(option: RunOption) -> Any:
-    """Return the default for Typer: ``None`` where nothing is given."""
+def _default(option: RunOption) -> str | None:
+    """Write an option's default for the help."""
     try:
         value = option.default
     except PluginError:
         return None  # a broken installation must not take the help away; building the configuration says what is wrong
-    if value in ({}, [], None):
-        return None
-    return str(value) if option.text_kind is str else value
+    return None if value in ({}, [], None, False) else str(value)
 
 
 def _info(option: RunOption) -> Any:
@@ -98,5 +96,6 @@ def _info(option: RunOption) -> Any:
         *flags,
         help=option.help,
         metavar=option.metavar,
+        show_default=_default(option) or False,
         rich_help_panel=option.group,
     )

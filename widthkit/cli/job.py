@@ -25,7 +25,7 @@ from widthkit.train.parallel import process_index
 @with_run_options(TRAIN)
 def train_command(given: dict[str, Any], out: Out, resume: Resume = False) -> None:
     """Train a supernet; search and export continue in the same folder."""
-    config = RunConfig(**given)
+    config = RunConfig.given(**given)
     built = build(config, RunFolder(out), search=False)
     built.folder.begin(config, TRAIN, resume)
     evaluate_given(built)
@@ -53,7 +53,7 @@ def search_command(given: dict[str, Any], run: Folder, resume: Resume = False) -
 @with_run_options(SLIM)
 def slim_command(given: dict[str, Any], out: Out, resume: Resume = False) -> None:
     """Do all of it: train a supernet, search, export, train the result, compare with dense and uniform."""
-    config = RunConfig(**given)
+    config = RunConfig.given(**given)
     built = build(config, RunFolder(out), final=True)
     built.folder.begin(config, SLIM, resume)
     evaluate_given(built)

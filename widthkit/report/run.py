@@ -138,7 +138,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
 
 
 def _caption(results: dict[str, Any]) -> str:
-    n = len(results["table"][0]["accuracy"])
+    n = max(len(row["accuracy"]) for row in results["table"])
     shape = "x".join(str(s) for s in results["latency"]["input_shape"])
     return (
         f"accuracy: mean ± standard deviation over {n} final training{'s' if n > 1 else ''}; "

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Subset
 
 from widthkit.budget import Budget, parse_budget
+from widthkit.errors import Option, OptionError
 from widthkit.modules.models import check_start
 from widthkit.run.config import RunConfig
 from widthkit.run.data import load_run_data
@@ -21,6 +22,7 @@ from widthkit.run.stage_plan import StagePlan
 from widthkit.run.stages import Rank
 from widthkit.search import SEARCHERS, Judging, check_searcher
 from widthkit.search.measured import network_of
+from widthkit.search.searcher import OneShotSearcher
 from widthkit.supernet import Supernet, make_supernet
 from widthkit.supernet.ranking import unit_scores
 from widthkit.supernet.strategy import make_strategy
@@ -106,6 +108,9 @@ def build(
     """
     if search:
         SEARCHERS.get(config.searcher)
+        for name in config.compare:
+            if not issubclass(SEARCHERS.get(name), OneShotSearcher):
+                raise OptionError(Option("compare", [name]), ": this searcher judges networks; name it as the searcher")
     recipe = folder.recipe(config, begins=begins)
     trainings = [recipe.supernet] + [recipe.calibration] * search + [recipe.final] * final
     for how in trainings:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from widthkit.errors import Option, OptionError
-from widthkit.run.option import NONE, SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of
+from widthkit.run.option import NONE, SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of, refusal
 from widthkit.run.recipe import Recipe, recipe
 from widthkit.search import SEARCHERS
 from widthkit.supernet.strategy import STRATEGIES
@@ -34,6 +32,8 @@ _IN_ALL_TRAININGS = (
     "clip_grad",
     "mixed_precision",
 )
+FOR_FRESH, FOR_TRAINED = "default", "finetune"
+"""Recipes of runs that name none."""
 _EPOCHS = {"epochs": "supernet.epochs", "stand_alone_epochs": "calibration.epochs", "final_epochs": "final.epochs"}
 """Options that replace values of the recipe: in all its trainings, or in one of them."""
 
@@ -113,9 +113,10 @@ class RunConfig(BaseModel):
         {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_TRAINING
     )
     recipe: str = option(
-        "default",
+        FOR_FRESH,
         "Recipe",
-        "How the networks are trained: FILE.yaml, or one of those that widthkit recipes lists",
+        "How the networks are trained: FILE.yaml, or one of those that widthkit recipes lists; finetune is the default "
+        "where the run starts from trained weights",
         **_TRAINING,
     )
     set: dict[str, Any] = option(
@@ -134,6 +135,16 @@ class RunConfig(BaseModel):
     clip_grad: float | Literal["none"] | None = _override("Gradient clipping", "Largest norm of the whole gradient")
     mixed_precision: str | None = _override(
         "Precision", "Half precision in trainings: no, bf16 or fp16", flag="--precision"
+    )
+    checkpoint_minutes: float = option(
+        10.0, "Time between checkpoints", "Minutes between two checkpoints within an epoch", gt=0, **_TRAINING
+    )
+    trackers: list[str] = option(
+        [],
+        "Trackers",
+        "Also send figures to this experiment tracker, such as tensorboard",
+        flag="--tracker",
+        **_TRAINING,
     )
     device: str | None = option(
         None, "Device", "Where to run, such as cpu or cuda:0; chosen automatically by default", **_TRAINING
@@ -205,21 +216,55 @@ class RunConfig(BaseModel):
         "Epochs of final trainings", "Each final training sees the data so many times", _FINAL, ge=0
     )
     seeds: int = option(1, "Final trainings", "Trainings per compared network, each with another seed", ge=1, **_FINAL)
-    init: Literal["scratch", "inherit"] = option(
-        "scratch", "Start of final trainings", "Start from fresh weights or inherit the supernet's", **_FINAL
+    init: Literal["scratch", "inherit"] | None = option(
+        None,
+        "Start of final trainings",
+        "Start from fresh weights, or inherit the supernet's; inherit is the default where the run starts from trained "
+        "weights or its widths are learned together with the weights, else scratch",
+        **_FINAL,
+    )
+    distill: bool | None = option(
+        None,
+        "Teacher",
+        "Let the dense network teach the smaller ones in their final trainings; by default it does if it is trained "
+        "when the run starts",
+        **_FINAL,
+    )
+    compare: list[str] = option(
+        [], "Compared searchers", "Also train the widths of this searcher, which must propose one network", **_FINAL
     )
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _refusal(error) from None
+            raise refusal(error, run_options()) from None
 
     @field_validator("weights")
     @classmethod
     def _from_any_folder(cls, value: str | None) -> str | None:
         """Make the path absolute: a run may go on in another folder."""
         return None if value is None else str(Path(value).expanduser().absolute())
+
+    @classmethod
+    def given(cls, **values: Any) -> RunConfig:
+        """Make the options of a new run from those that a user gives; the recipe's options fill in the others.
+
+        Without a recipe's name, a run that starts from trained weights takes the one for these. Where another strategy
+        is named than the recipe's, the recipe's number of epochs for it does not count.
+
+        Raises:
+            OptionError: As the class, and if there is no such recipe.
+
+        >>> RunConfig.given(model="timm/resnet10t", data="digits", pretrained=True).recipe
+        'finetune'
+        """
+        trained = values.get("weights") is not None or bool(values.get("pretrained"))
+        values = {"recipe": FOR_TRAINED if trained else FOR_FRESH, **values}
+        options = dict(recipe(values["recipe"]).options)
+        if values.get("strategy", options.get("strategy")) != options.get("strategy"):
+            options.pop("epochs", None)
+        return cls(**{**options, **values})
 
     def recipe_changes(self) -> dict[str, Any]:
         """Return the values that the options give to settings of the recipe, as :meth:`Recipe.changed` takes them."""
@@ -253,36 +298,3 @@ class RunConfig(BaseModel):
 def run_options() -> dict[str, RunOption]:
     """Return all options of a run by name, in the order in which they are shown."""
     return options_of(RunConfig)
-
-
-def command_line(command: str, config: RunConfig, first: Iterable[str] = (), last: Iterable[str] = ()) -> str:
-    """Return the command line that gives a command the options of a configuration; defaults are left out.
-
-    Args:
-        command: Its name.
-        config: The options.
-        first: Words that follow the command's name.
-        last: Words that end the line.
-
-    >>> command_line("train", RunConfig(model="timm/resnet10t", data="digits", k=4), last=["--out", "out/a"])
-    'widthkit train timm/resnet10t --data digits --k 4 --out out/a'
-    """
-    words = ["widthkit", command, *first]
-    for name, value in config.of(command).items():
-        declared = run_options()[name]
-        if declared.required or value != declared.default:
-            words += declared.write(value)
-    return shlex.join([*words, *last])
-
-
-def _refusal(error: ValidationError) -> OptionError:
-    """Say in one line what pydantic refuses."""
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    if first["type"] == "missing":
-        return OptionError(Option(name), " is missing")
-    if first["type"] == "extra_forbidden":
-        return OptionError(f"a run has no option '{name}'")
-    bounds = run_options()[name].bounds
-    why = f"it must be {bounds}" if bounds and "than" in first["type"] else first["msg"]
-    return OptionError(Option(name, first["input"]), f": {why}")

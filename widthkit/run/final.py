@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,16 +16,21 @@ from widthkit.graph.space import uniform_space
 from widthkit.latency.slow_layers import is_slow, slow_layers, time_layers
 from widthkit.latency.timing import forward_latency
 from widthkit.run.build import Built
-from widthkit.run.dense import fresh_model, input_shape
+from widthkit.run.config import RunConfig
+from widthkit.run.dense import fresh_model, has_trained_weights, input_shape
 from widthkit.run.steps import JUDGED_TOGETHER, supernet_of, train_by
 from widthkit.search import SearchResult
+from widthkit.search.resources import Resources, make_searcher
+from widthkit.search.searcher import OneShotSearcher
 from widthkit.search.uniform import uniform_widths
 from widthkit.train import evaluate, make_loader, recalibrate
 from widthkit.version import versions
 
 
 def finish(built: Built, result: SearchResult) -> dict[str, Any]:
-    """Train the dense, the uniform and the searched network, compare them, and write the searched one.
+    """Train the networks that are compared, compare them, and write the searched one.
+
+    The dense network comes first. One that was trained before the run is tested as it is.
 
     Args:
         built: What the run works with; its supernet is trained.
@@ -36,11 +42,13 @@ def finish(built: Built, result: SearchResult) -> dict[str, Any]:
     chosen = {
         "dense": built.net.graph.full,
         "uniform": uniform_baseline(built, result.macs),
+        **{name: proposed(built, name) for name in built.config.compare},
         "searched": result.widths,
     }
-    table, networks = [], {}
+    table: list[dict[str, Any]] = []
+    networks: dict[str, nn.Module] = {}
     for name, widths in chosen.items():
-        row, networks[name] = _compared(built, name, widths)
+        row, networks[name] = _compared(built, name, widths, networks.get("dense"))
         table.append(row)
     shape = input_shape(built.data, built.recipe.final.batch_size)
     device = built.config.device or "cpu"
@@ -80,7 +88,25 @@ def uniform_baseline(built: Built, macs: int) -> dict[str, int]:
     return uniform_widths(space, Budget((Limit("macs", macs, f"{macs} MACs"),)))
 
 
-def final_network(built: Built, name: str, widths: dict[str, int], seed: int) -> nn.Module:
+def proposed(built: Built, name: str) -> dict[str, int]:
+    """Return the widths that a searcher proposes without judging any."""
+    net = built.net
+    data = make_loader(built.data.valid, JUDGED_TOGETHER, train=False)
+    searcher = make_searcher(name, Resources(net, data), built.budget, np.random.default_rng(built.config.seed), {})
+    assert isinstance(searcher, OneShotSearcher)
+    return dict(searcher.propose())
+
+
+def inherits(built: Built) -> bool:
+    """Whether final trainings start from the supernet's weights."""
+    if built.config.init is not None:
+        return built.config.init == "inherit"
+    return has_trained_weights(built.config) or built.net.chosen() is not None
+
+
+def final_network(
+    built: Built, name: str, widths: dict[str, int], seed: int, teacher: nn.Module | None = None
+) -> nn.Module:
     """Train one network of given widths with one seed, or go on, and return it.
 
     Args:
@@ -88,25 +114,33 @@ def final_network(built: Built, name: str, widths: dict[str, int], seed: int) ->
         name: The network's name in the table.
         widths: Group name -> width.
         seed: Seeds weights and order of the data.
+        teacher: The dense network, if it teaches.
     """
     c = built.config
-    if c.init == "inherit":
+    if inherits(built):
         slim = export(supernet_of(built, widths), widths)
     else:
         slim = export(fresh_model(c, built.data, seed), widths, graph=built.net.graph)
     how = built.recipe.final
-    train_by(built, how, slim, built.folder.path / "final" / f"{name}-{seed}", seed=seed)
+    train_by(built, how, slim, built.folder.path / "final" / f"{name}-{seed}", seed=seed, teacher=teacher)
     recalibrate(slim, make_loader(built.data.train, how.batch_size, train=False))
     return slim
 
 
-def _compared(built: Built, name: str, widths: dict[str, int]) -> tuple[dict[str, Any], nn.Module]:
+def _compared(
+    built: Built, name: str, widths: dict[str, int], dense: nn.Module | None
+) -> tuple[dict[str, Any], nn.Module]:
     """Return a row of the table, and the network of the first seed."""
+    c = built.config
+    given = dense is None and has_trained_weights(c)
     accuracies, networks = [], []
-    for number in range(built.config.seeds):
-        slim = final_network(built, name, widths, built.config.seed + number)
+    for number in range(1 if given else c.seeds):
+        if given:
+            slim = fresh_model(c, built.data, c.seed, trained=True)
+        else:
+            slim = final_network(built, name, widths, c.seed + number, dense if _teaches(c) else None)
         batches = make_loader(built.data.test, JUDGED_TOGETHER, train=False)
-        accuracies.append(float(evaluate(slim, batches, device=built.config.device)["accuracy"]))
+        accuracies.append(float(evaluate(slim, batches, device=c.device)["accuracy"]))
         networks.append(slim)
     n = len(accuracies)
     row = {
@@ -117,8 +151,13 @@ def _compared(built: Built, name: str, widths: dict[str, int]) -> tuple[dict[str
         "accuracy_mean": statistics.fmean(accuracies),
         "accuracy_std": statistics.stdev(accuracies) if n > 1 else None,
     }
-    built.say(f"{name}: accuracy {row['accuracy_mean']:.2%} over {n} training{'s' if n > 1 else ''}")
+    how = "as it was given" if given else f"over {n} training{'s' if n > 1 else ''}"
+    built.say(f"{name}: accuracy {row['accuracy_mean']:.2%} {how}")
     return row, networks[0].cpu()
+
+
+def _teaches(config: RunConfig) -> bool:
+    return has_trained_weights(config) if config.distill is None else config.distill
 
 
 def _name_slow_layers(

@@ -24,8 +24,9 @@ from typing import Any
 
 from widthkit.errors import CheckpointError, Option, OptionError
 from widthkit.files import atomic_json
-from widthkit.run.config import RunConfig, command_line
-from widthkit.run.kept_recipe import check_not_edited, keep_recipe, kept_recipe
+from widthkit.run.command_line import command_line
+from widthkit.run.config import RunConfig
+from widthkit.run.kept_recipe import check_not_edited, keep_recipe, kept_options, kept_recipe
 from widthkit.run.option import SEARCH, SLIM, TRAIN
 from widthkit.run.recipe import Recipe
 from widthkit.search import SearchResult
@@ -128,7 +129,8 @@ class RunFolder:
         Raises:
             CheckpointError: If there are none or they are damaged.
         """
-        return _read_config(self._record()["options"], self.config_file)
+        options = self._record()["options"]
+        return _read_config({**kept_options(self.path), **options}, self.config_file)
 
     def begin_search(self, config: RunConfig, resume: bool) -> None:
         """Write the search's options; refuse if the folder holds another search.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from widthkit.errors import CheckpointError, Option, OptionError
 from widthkit.files import atomic_write
@@ -23,14 +24,18 @@ def kept_recipe(folder: Path, config: RunConfig) -> Recipe:
         OptionError: If an option makes no sense.
         CheckpointError: If the recipe is damaged.
     """
-    file = folder / _NAME
-    if not file.exists():
-        return config.resolved()
-    try:
-        stored = recipe(file)
-    except OptionError as error:
-        raise CheckpointError(f"{error}; the run is damaged, start another one") from error
-    return stored.changed(config.recipe_changes())
+    stored = _read(folder)
+    return config.resolved() if stored is None else stored.changed(config.recipe_changes())
+
+
+def kept_options(folder: Path) -> dict[str, Any]:
+    """Return the options of a run that go with its recipe.
+
+    Raises:
+        CheckpointError: If the recipe is damaged.
+    """
+    stored = _read(folder)
+    return {} if stored is None else dict(stored.options)
 
 
 def keep_recipe(folder: Path, kept: Recipe) -> None:
@@ -54,3 +59,11 @@ def check_not_edited(folder: Path, config: RunConfig) -> None:
             "or choose another ",
             Option("out"),
         )
+
+
+def _read(folder: Path) -> Recipe | None:
+    file = folder / _NAME
+    try:
+        return recipe(file) if file.exists() else None
+    except OptionError as error:
+        raise CheckpointError(f"{error}; the run is damaged, start another one") from error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -223,3 +223,16 @@ def _item_value(text: str) -> Any:
 
 def _item_text(value: Any) -> str:
     return value if isinstance(value, str) and _item_value(value) == value else json.dumps(value)
+
+
+def refusal(error: ValidationError, options: Mapping[str, RunOption]) -> OptionError:
+    """Say in one line what pydantic refuses."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "missing":
+        return OptionError(Option(name), " is missing")
+    if first["type"] == "extra_forbidden":
+        return OptionError(f"a run has no option '{name}'")
+    bounds = options[name].bounds
+    why = f"it must be {bounds}" if bounds and "than" in first["type"] else first["msg"]
+    return OptionError(Option(name, first["input"]), f": {why}")

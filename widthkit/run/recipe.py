@@ -50,6 +50,7 @@ class Recipe(CheckedSettings):
     Attributes:
         about: What the recipe is for, in one line.
         source: Where its values come from.
+        options: Options of a run that go with it, such as a strategy; they count where the user gives none.
         supernet: The training of the supernet.
         calibration: Stand-alone trainings that a searcher asks for.
         final: Trainings of the networks that are compared in the end.
@@ -61,6 +62,7 @@ class Recipe(CheckedSettings):
 
     about: str
     source: str
+    options: dict[str, Any] = Field(default={})
     supernet: TrainingRecipe
     calibration: TrainingRecipe
     final: TrainingRecipe
@@ -79,7 +81,7 @@ class Recipe(CheckedSettings):
         form: dict[str, Any] = {}
         for path, value in values.items():
             section, *rest = path.split(".")
-            if section not in _Form.model_fields:
+            if section not in (COMMON, *TRAININGS):
                 section, rest = COMMON, [section, *rest]
             for part in reversed(rest):
                 value = {part: value}
@@ -104,6 +106,7 @@ class _Form(CheckedSettings):
 
     about: str = ""
     source: str = ""
+    options: dict[str, Any] = Field(default={})
     common: dict[str, Any] = Field(default={})
     supernet: dict[str, Any] = Field(default={})
     calibration: dict[str, Any] = Field(default={})
@@ -175,7 +178,7 @@ def _filled(base: Mapping[str, Any], values: Mapping[Any, Any]) -> Recipe:
     shared = _known(COMMON, form.common)
     merged = {name: _merged(_merged(base[name], shared), _known(name, getattr(form, name))) for name in TRAININGS}
     texts = {name: values.get(name, base.get(name, "")) for name in ("about", "source")}
-    return checked(Recipe, {**texts, **merged})
+    return checked(Recipe, {**texts, "options": {**base.get("options", {}), **form.options}, **merged})
 
 
 def _known(section: str, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -158,6 +158,7 @@ def train_by(
     *,
     seed: int | None = None,
     progress: bool | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainResult | None:
     """Train a network as a recipe says, or go on.
 
@@ -168,6 +169,7 @@ def train_by(
         out: Where its checkpoint goes.
         seed: Seeds the training and the order of the data; the run's by default.
         progress: Show a progress bar; as the run does by default.
+        teacher: A trained network to learn from as well.
     """
     if how.epochs == 0:
         return None
@@ -181,6 +183,9 @@ def train_by(
         out=out,
         resume=True,
         progress=built.progress if progress is None else progress,
+        teacher=teacher,
+        checkpoint_minutes=built.config.checkpoint_minutes,
+        trackers=built.config.trackers,
         **how.keywords(),
     )
 
