@@ -8,9 +8,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test lint env clean
 
 demo: $(VENV)/.ready
-	$(BIN)/widthkit slim torchvision/resnet18 --data digits --image-size 32 --budget 0.5x --strategy bc \
-	  --searcher greedy --k 6 --min-width 0.25x --epochs 7 --final-epochs 5 --seeds 3 --batch-size 64 --lr 0.03 \
-	  --out out/demo --resume
+	$(BIN)/python examples/train_digits.py out/demo/dense.safetensors
+	$(BIN)/widthkit slim timm/resnet10t --weights out/demo/dense.safetensors --data digits --image-size 32 \
+	  --budget 0.1x --k 8 --min-width 0.05x --final-epochs 4 --batch-size 64 --seeds 3 --compare importance \
+	  --out out/demo/slim --resume
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest -n auto --dist worksteal

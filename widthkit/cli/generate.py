@@ -79,13 +79,13 @@ def _parameter(option: RunOption) -> inspect.Parameter:
     )
 
 
-def _default(option: RunOption) -> str | None:
-    """Write an option's default for the help."""
+def _default(option: RunOption) -> str:
+    """Write an option's default for the help; Typer gets none, so that only what a user gives is passed on."""
     try:
         value = option.default
     except PluginError:
-        return None  # a broken installation must not take the help away; building the configuration says what is wrong
-    return None if value in ({}, [], None, False) else str(value)
+        return ""  # a broken installation must not take the help away; building the configuration says what is wrong
+    return "" if value in ({}, [], None, False) else f" [default: {value}]"
 
 
 def _info(option: RunOption) -> Any:
@@ -94,8 +94,7 @@ def _info(option: RunOption) -> Any:
     flags = [f"{option.flag}/{option.off_flag}"] if option.kind is bool else [option.flag]
     return typer.Option(
         *flags,
-        help=option.help,
+        help=f"{option.help}{_default(option)}",
         metavar=option.metavar,
-        show_default=_default(option) or False,
         rich_help_panel=option.group,
     )

@@ -79,12 +79,11 @@ def draw_search(result: SearchResult) -> bytes:
     for limit in result.settings.get("limits", []):
         if limit["kind"] == "macs":
             axes.axvspan(limit["value"] / 1e6, axes.get_xlim()[1], color="#f1e4dc", zorder=0, label="above the budget")
-            axes.margins(x=0)
     axes.set_xlabel("MACs (millions)")
     axes.set_ylabel("score in the supernet (minus loss)")
     how = "widths chosen" if result.searcher == "training" else f"{len(result.trials)} networks judged"
     kind = "training" if result.searcher == "training" else f"{result.searcher} search"
     axes.set_title(f"{kind}, budget {result.budget}: {how}")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="white")
     axes.spines[["top", "right"]].set_visible(False)
     return png_bytes(figure)

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterable
 
 from widthkit.run.config import RunConfig, run_options
+from widthkit.run.option import NONE
+from widthkit.run.recipe import recipe
 
 
 def command_line(command: str, config: RunConfig, first: Iterable[str] = (), last: Iterable[str] = ()) -> str:
@@ -20,9 +22,16 @@ def command_line(command: str, config: RunConfig, first: Iterable[str] = (), las
     >>> command_line("train", RunConfig(model="timm/resnet10t", data="digits", k=4), last=["--out", "out/a"])
     'widthkit train timm/resnet10t --data digits --k 4 --out out/a'
     """
-    words = ["widthkit", command, *first]
+    words, of_recipe = ["widthkit", command, *first], recipe(config.recipe).options
     for name, value in config.of(command).items():
         declared = run_options()[name]
-        if declared.required or value != declared.default:
+        if name in of_recipe and value is None:
+            words += declared.write(NONE)
+        elif declared.required or value != declared.default or name in of_recipe or _is_chosen(name, config):
             words += declared.write(value)
     return shlex.join([*words, *last])
+
+
+def _is_chosen(name: str, config: RunConfig) -> bool:
+    """Whether the recipe's name must be written, because another one would be taken without it."""
+    return name == "recipe" and (config.weights is not None or config.pretrained)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from widthkit.errors import OptionError
 from widthkit.run.option import NONE, SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of, refusal
 from widthkit.run.recipe import Recipe, recipe
 from widthkit.search import SEARCHERS
@@ -250,8 +251,8 @@ class RunConfig(BaseModel):
     def given(cls, **values: Any) -> RunConfig:
         """Make the options of a new run from those that a user gives; the recipe's options fill in the others.
 
-        Without a recipe's name, a run that starts from trained weights takes the one for these. Where another strategy
-        is named than the recipe's, the recipe's number of epochs for it does not count.
+        Without a recipe's name, a run that starts from trained weights takes the one for these. ``"none"`` as the ranking
+        turns off the recipe's. Where another strategy or searcher is named than the recipe's, its options do not count.
 
         Raises:
             OptionError: As the class, and if there is no such recipe.
@@ -262,9 +263,13 @@ class RunConfig(BaseModel):
         trained = values.get("weights") is not None or bool(values.get("pretrained"))
         values = {"recipe": FOR_TRAINED if trained else FOR_FRESH, **values}
         options = dict(recipe(values["recipe"]).options)
-        if values.get("strategy", options.get("strategy")) != options.get("strategy"):
-            options.pop("epochs", None)
-        return cls(**{**options, **values})
+        for name in set(options) & (set(_IN_ALL_TRAININGS) | set(_EPOCHS) | {"set", "recipe", "model", "data"}):
+            raise OptionError(f"{values['recipe']}: '{name}' is no option that a recipe may hold; write it as a setting")
+        for name in ("strategy", "searcher"):
+            if values.get(name, options.get(name)) != options.get(name):
+                options.pop(f"{name}_options", None)
+        values = {**options, **values}
+        return cls(**{**values, "rank": None if values.get("rank") == NONE else values.get("rank")})
 
     def recipe_changes(self) -> dict[str, Any]:
         """Return the values that the options give to settings of the recipe, as :meth:`Recipe.changed` takes them."""
@@ -283,7 +288,9 @@ class RunConfig(BaseModel):
         >>> tuned.supernet.lr, tuned.final.lr, tuned.supernet.epochs
         (0.1, 0.02, 10)
         """
-        return recipe(self.recipe).changed(self.recipe_changes())
+        found = recipe(self.recipe)
+        options = {name: getattr(self, name) for name in found.options}
+        return found.changed(self.recipe_changes()).model_copy(update={"options": options})
 
     def of(self, command: str) -> dict[str, Any]:
         """Return the values of the options that a command takes."""

@@ -179,7 +179,7 @@ class RunFolder:
             OptionError: If so, or if it cannot be read.
             CheckpointError: If the run's options are damaged.
         """
-        if config.weights is None or not self.config_file.exists() or not self._has_results():
+        if config.weights is None or not self.config_file.exists() or (begins and not self._has_results()):
             return
         record = self._record()
         before = record.get("weights_sha256")
