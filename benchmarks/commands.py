@@ -237,7 +237,7 @@ def recover(
     wanted = [] if table_only else list(tasks(names, speedup or [2.1, 3.0], seeds))
     arguments = [f"--model={model}", f"--weights={weights}", f"--data={data}", f"--folder={folder}"]
     run(wanted, [*arguments, f"--epochs={epochs}", f"--lr={lr}"], jobs, typer.echo)
-    write_table(folder, _file(out), epochs, lr)
+    write_table(folder, _file(out), epochs, lr, f"{Path(model).name} with {weights.name}, {data.name}")
 
 
 @app.command("recover-row", hidden=True)

@@ -66,12 +66,12 @@ def with_supernet(
     net = ranked_supernet(setup, ledger, seed, strategy, rank, CHOICES, macs=macs, **options)
     per_epoch = _expected_cost(net)
     epochs = max(1, int((share * setup.epochs) / per_epoch))
-    ran = Ran(net)
+    ran, file = Ran(net), folder / "supernet-macs.json"
     train(
         net, setup.train_batches(seed), epochs, seed=seed, out=folder / "supernet", resume=True, progress=False,
-        **{**setup.final, "schedule": "cosine"},
+        on_epoch=lambda entry: ran.store(file), **{**setup.final, "schedule": "cosine"},
     )  # fmt: skip
-    ledger.trained("supernet", ran.mean(folder / "supernet-macs.json"), epochs * setup.train_images)
+    ledger.trained("supernet", ran.mean(file), epochs * setup.train_images)
     return found(setup, ledger, net, seed, macs, folder, searcher, searching or {})
 
 
@@ -102,9 +102,10 @@ def iterative(
     rows = done.result.settings["stages"]
     for row in rows[:-1]:
         ledger.trained("iterative training", row["macs"], epochs * setup.train_images)
-    if searcher != "importance":
-        judged = sum(row["networks"] * row["macs"] for row in rows)
-        ledger.ran("judging", judged, judged_images(setup))
+    for stage in range(1, stages + 1):
+        judged = SearchResult.load(folder / "iterative" / f"stage-{stage}" / "search.json")
+        if _judges(judged):
+            ledger.ran("judging", sum(trial.macs for trial in judged.trials), judged_images(setup))
     return export(done.net, done.result.widths)
 
 
@@ -203,8 +204,12 @@ class Ran:
         net.forward_on, net.forward_gated = forward_on, forward_gated  # type: ignore[method-assign]
         net.train_step = train_step  # type: ignore[method-assign]
 
+    def store(self, file: Path) -> None:
+        """Write the MACs per image, for a call that finds the training over."""
+        atomic_json(file, {"macs": self.macs / self.images})
+
     def mean(self, file: Path) -> float:
         """Return the MACs per image of a training step; the file has them where training was over already."""
         if self.images:
-            atomic_json(file, {"macs": self.macs / self.images})
+            self.store(file)
         return float(json.loads(file.read_text())["macs"])

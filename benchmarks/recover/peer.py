@@ -9,6 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from benchmarks.oracles.macs import counted_macs
 from benchmarks.recover.setup import Ledger, Setup
 from widthkit.train import StepContext, train
 from widthkit.train.losses import cross_entropy
@@ -17,6 +18,8 @@ from widthkit.train.step import plain_step
 STEPS = 400
 """Steps of its loop from the dense network to nothing, as in torch-pruning's own CIFAR benchmark."""
 TAYLOR_IMAGES = 2048
+REG = 5e-4
+"""Strength of the group regulariser, as in torch-pruning's own CIFAR benchmark."""
 
 
 class ConvShortcut(nn.Module):
@@ -80,9 +83,9 @@ def pruned(
     make = tp.pruner.GroupNormPruner if kind == "sparse" else tp.pruner.BasePruner
     pruner = make(
         net, setup.example, importance=importance, global_pruning=scope, pruning_ratio=1.0, max_pruning_ratio=0.95,
-        iterative_steps=STEPS, ignored_layers=ignored,
+        iterative_steps=STEPS, ignored_layers=ignored, **({"reg": REG} if kind == "sparse" else {}),
     )  # fmt: skip
-    dense, _ = tp.utils.count_ops_and_params(net, setup.example)
+    dense = counted_macs(net, setup.example)
     if kind == "taylor":
         _leave_gradients(net, setup)
         ledger.trained("ranking", dense, TAYLOR_IMAGES)
@@ -94,7 +97,7 @@ def pruned(
         )  # fmt: skip
         ledger.trained("sparse training", dense, epochs * setup.train_images)
     net.eval()
-    while tp.utils.count_ops_and_params(net, setup.example)[0] > macs and pruner.current_step < STEPS:
+    while counted_macs(net, setup.example) > macs and pruner.current_step < STEPS:
         pruner.step()
     return net
 

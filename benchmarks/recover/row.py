@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.oracles.macs import counted_macs
 from benchmarks.recover.setup import FORWARD, Ledger, Setup
 from benchmarks.recover.ways import Way
+from widthkit.errors import OptionError
 from widthkit.files import atomic_json
 from widthkit.train import evaluate, recalibrate, train
 
@@ -50,8 +51,12 @@ def make_row(setup: Setup, task: Task, way: Way, folder: Path) -> dict[str, Any]
         folder: Checkpoints and ``row.json``.
     """
     file = folder / "row.json"
+    settings = {"model": setup.model, "epochs": setup.epochs, "limit": setup.limit, "final": setup.final}
     if file.exists():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        if found["settings"] != settings:
+            raise OptionError(f"{file} was made with {found['settings']}; choose another folder")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     started, dense = time.perf_counter(), counted_macs(setup.dense, setup.example)
     ledger = Ledger(setup, dense)
@@ -70,6 +75,7 @@ def make_row(setup: Setup, task: Task, way: Way, folder: Path) -> dict[str, Any]
     )  # fmt: skip
     ledger.trained("final training", per_epoch * dense, epochs * setup.train_images)
     row = {
+        "settings": settings,
         "way": task.way,
         "whose": way.whose,
         "speedup": task.speedup,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +24,8 @@ class WholeNetwork(Strategy):
     training that is pruning of a trained network: widths can be searched on its own weights. Sub-networks are not
     trained, so no losses of widths are recorded for a search.
     """
+
+    needs_training: ClassVar[bool] = False
 
     def capacity(self, choices: GroupChoices) -> int:
         """The widest choice."""

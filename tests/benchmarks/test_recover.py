@@ -69,7 +69,7 @@ def test_all_ways_with_one_seed_come_before_the_next_seed():
 
 def test_the_table_has_means_and_deviations_over_seeds():
     rows = [
-        {"speedup": 2.1, "way": "a", "whose": "w", "test": value, "held_out_before": 0.5, "seed": seed}
+        {"speedup": 2.1, "way": "a", "whose": "w", "test": value, "held_out": 0.95, "final_epochs": 5, "seed": seed}
         for seed, value in enumerate((0.90, 0.92))
     ]
-    assert "| 2.1 | a | w | 2 | 91.00 ± 1.41 | 50.0 |" in markdown(rows, 40)
+    assert "| 2.1 | a | w | 2 | 5 | 95.00 | 91.00 ± 1.41 |" in markdown(rows, 40, "a network")

@@ -11,10 +11,10 @@ from widthkit.cli.generate import with_run_options
 from widthkit.cli.options import Folder, Out, Resume
 from widthkit.report.run import report_run, table_text
 from widthkit.run.build import build
-from widthkit.run.config import RunConfig
 from widthkit.run.final import finish
 from widthkit.run.folder import RunFolder
 from widthkit.run.given import evaluate_given
+from widthkit.run.new_config import new_config
 from widthkit.run.option import SEARCH, SLIM, TRAIN
 from widthkit.run.steps import load_supernet, search, train_supernet
 from widthkit.search.outcome import describe
@@ -25,7 +25,7 @@ from widthkit.train.parallel import process_index
 @with_run_options(TRAIN)
 def train_command(given: dict[str, Any], out: Out, resume: Resume = False) -> None:
     """Train a supernet; search and export continue in the same folder."""
-    config = RunConfig.given(**given)
+    config = new_config(**given)
     built = build(config, RunFolder(out), search=False)
     built.folder.begin(config, TRAIN, resume)
     evaluate_given(built)
@@ -53,7 +53,7 @@ def search_command(given: dict[str, Any], run: Folder, resume: Resume = False) -
 @with_run_options(SLIM)
 def slim_command(given: dict[str, Any], out: Out, resume: Resume = False) -> None:
     """Do all of it: train a supernet, search, export, train the result, compare with dense and uniform."""
-    config = RunConfig.given(**given)
+    config = new_config(**given)
     built = build(config, RunFolder(out), final=True)
     built.folder.begin(config, SLIM, resume)
     evaluate_given(built)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from widthkit.budget import Budget, parse_budget
@@ -15,7 +16,14 @@ from widthkit.errors import Option, OptionError
 from widthkit.modules.models import check_start
 from widthkit.run.config import RunConfig
 from widthkit.run.data import load_run_data
-from widthkit.run.dense import check_outputs, factory_options, fresh_model, input_shape
+from widthkit.run.dense import (
+    check_outputs,
+    factory_options,
+    fresh_model,
+    has_trained_weights,
+    input_shape,
+    load_trained,
+)
 from widthkit.run.folder import RunFolder
 from widthkit.run.recipe import Recipe, TrainingRecipe
 from widthkit.run.stage_plan import StagePlan
@@ -44,6 +52,7 @@ class Built:
         data: The data set.
         net: The supernet of the first stage.
         recipe: How networks are trained.
+        fresh: Names of the dense network's tensors that no training before the run has seen.
         say: Called with one line per step.
         progress: Show progress bars.
     """
@@ -53,8 +62,14 @@ class Built:
     data: DataSplits
     net: Supernet
     recipe: Recipe
+    fresh: tuple[str, ...]
     say: Say
     progress: bool = True
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the dense network was trained for this task before the run: nothing in it is fresh."""
+        return not self.fresh
 
     @property
     def budget(self) -> Budget:
@@ -116,13 +131,17 @@ def build(
     for how in trainings:
         check_engine(how.mixed_precision, config.device)
     check_start(config.pretrained, config.weights, config.reset_head)
-    folder.check_weights(config)
+    folder.check_weights(config, begins=begins)
     data = load_run_data(config)
-    net = _make_supernet(config, recipe, data)
+    model, fresh = _start(config, data)
+    net = _make_supernet(config, recipe, data, model)
     for how in trainings:
         make_optimizer(net, how)
         training_data(data, how, config.seed)
-    built = Built(config, folder, data, net, recipe, say or (lambda line: print(line, file=sys.stderr)), progress)
+    built = Built(
+        config, folder, data, net, recipe, fresh, say or (lambda line: print(line, file=sys.stderr)), progress
+    )
+    _check_trained(built)
     if search:
         _check_search(built)
     return built
@@ -137,6 +156,21 @@ def training_data(data: DataSplits, how: TrainingRecipe, seed: int) -> DataLoade
     return make_loader(data.train.augmented(how.augment), how.batch_size, train=True, seed=seed)
 
 
+def _check_trained(built: Built) -> None:
+    """Refuse to judge sub-networks that nothing has trained."""
+    if built.recipe.supernet.epochs:
+        return
+    if built.net.strategy.needs_training:
+        why = f"strategy '{built.config.strategy}' judges sub-networks that it has trained"
+    elif built.is_trained or issubclass(SEARCHERS.get(built.config.searcher), OneShotSearcher):
+        return
+    elif has_trained_weights(built.config):
+        why = f"the weights lack {built.fresh[0]} and {len(built.fresh) - 1} more tensors"
+    else:
+        why = "the network has no trained weights"
+    raise OptionError(f"{why}, so it must be trained before widths are searched; pass ", Option("epochs", 5))
+
+
 def _check_search(built: Built) -> None:
     """Refuse a search that could not start."""
     c = built.config
@@ -145,8 +179,15 @@ def _check_search(built: Built) -> None:
     check_searcher(c.searcher, built.net, built.budget, c.searcher_options, can_train=True)
 
 
-def _make_supernet(config: RunConfig, recipe: Recipe, data: DataSplits) -> Supernet:
-    model = fresh_model(config, data, config.seed, trained=True)
+def _start(config: RunConfig, data: DataSplits) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the dense model that the supernet starts from, and the names of its tensors that no training has seen."""
+    model = fresh_model(config, data, config.seed)
+    if has_trained_weights(config):
+        return model, load_trained(model, config)
+    return model, tuple(model.state_dict())
+
+
+def _make_supernet(config: RunConfig, recipe: Recipe, data: DataSplits, model: nn.Module) -> Supernet:
     graph = trace(model, input_shape(data), freeze=config.freeze)
     check_outputs(model, config, data)
     return make_supernet(

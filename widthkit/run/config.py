@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from widthkit.errors import OptionError
 from widthkit.run.option import NONE, SEARCH, SLIM, SPACE, TRACE, TRAIN, RunOption, option, options_of, refusal
 from widthkit.run.recipe import Recipe, recipe
 from widthkit.search import SEARCHERS
@@ -23,7 +22,7 @@ _TRAINING: dict[str, Any] = {"group": "Training", "commands": (TRAIN, SLIM)}
 _SEARCH: dict[str, Any] = {"group": "Search", "commands": (SEARCH, SLIM)}
 _FINAL: dict[str, Any] = {"group": "Final trainings", "commands": (SLIM,)}
 
-_IN_ALL_TRAININGS = (
+IN_ALL_TRAININGS = (
     "batch_size",
     "augment",
     "optimizer",
@@ -35,7 +34,7 @@ _IN_ALL_TRAININGS = (
 )
 FOR_FRESH, FOR_TRAINED = "default", "finetune"
 """Recipes of runs that name none."""
-_EPOCHS = {"epochs": "supernet.epochs", "stand_alone_epochs": "calibration.epochs", "final_epochs": "final.epochs"}
+EPOCHS = {"epochs": "supernet.epochs", "stand_alone_epochs": "calibration.epochs", "final_epochs": "final.epochs"}
 """Options that replace values of the recipe: in all its trainings, or in one of them."""
 
 
@@ -247,34 +246,10 @@ class RunConfig(BaseModel):
         """Make the path absolute: a run may go on in another folder."""
         return None if value is None else str(Path(value).expanduser().absolute())
 
-    @classmethod
-    def given(cls, **values: Any) -> RunConfig:
-        """Make the options of a new run from those that a user gives; the recipe's options fill in the others.
-
-        Without a recipe's name, a run that starts from trained weights takes the one for these. ``"none"`` as the ranking
-        turns off the recipe's. Where another strategy or searcher is named than the recipe's, its options do not count.
-
-        Raises:
-            OptionError: As the class, and if there is no such recipe.
-
-        >>> RunConfig.given(model="timm/resnet10t", data="digits", pretrained=True).recipe
-        'finetune'
-        """
-        trained = values.get("weights") is not None or bool(values.get("pretrained"))
-        values = {"recipe": FOR_TRAINED if trained else FOR_FRESH, **values}
-        options = dict(recipe(values["recipe"]).options)
-        for name in set(options) & (set(_IN_ALL_TRAININGS) | set(_EPOCHS) | {"set", "recipe", "model", "data"}):
-            raise OptionError(f"{values['recipe']}: '{name}' is no option that a recipe may hold; write it as a setting")
-        for name in ("strategy", "searcher"):
-            if values.get(name, options.get(name)) != options.get(name):
-                options.pop(f"{name}_options", None)
-        values = {**options, **values}
-        return cls(**{**values, "rank": None if values.get("rank") == NONE else values.get("rank")})
-
     def recipe_changes(self) -> dict[str, Any]:
         """Return the values that the options give to settings of the recipe, as :meth:`Recipe.changed` takes them."""
-        values = {name: getattr(self, name) for name in _IN_ALL_TRAININGS}
-        values |= {setting: getattr(self, name) for name, setting in _EPOCHS.items()}
+        values = {name: getattr(self, name) for name in IN_ALL_TRAININGS}
+        values |= {setting: getattr(self, name) for name, setting in EPOCHS.items()}
         given = {name: value for name, value in values.items() if value is not None} | self.set
         return {name: None if value == NONE else value for name, value in given.items()}
 

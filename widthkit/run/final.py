@@ -16,7 +16,6 @@ from widthkit.graph.space import uniform_space
 from widthkit.latency.slow_layers import is_slow, slow_layers, time_layers
 from widthkit.latency.timing import forward_latency
 from widthkit.run.build import Built
-from widthkit.run.config import RunConfig
 from widthkit.run.dense import fresh_model, has_trained_weights, input_shape
 from widthkit.run.steps import JUDGED_TOGETHER, supernet_of, train_by
 from widthkit.search import SearchResult
@@ -66,7 +65,7 @@ def finish(built: Built, result: SearchResult) -> dict[str, Any]:
         "table": table,
         "widths": chosen,
         "measured": result.measured,
-        "notes": result.notes,
+        "notes": [*result.notes, *_notes(built)],
     }
     atomic_json(built.folder.path / "results.json", results)
     return results
@@ -97,11 +96,15 @@ def proposed(built: Built, name: str) -> dict[str, int]:
     return dict(searcher.propose())
 
 
-def inherits(built: Built) -> bool:
-    """Whether final trainings start from the supernet's weights."""
+def inherits(built: Built, widths: dict[str, int]) -> bool:
+    """Whether a final training of these widths starts from the supernet's weights."""
     if built.config.init is not None:
         return built.config.init == "inherit"
-    return has_trained_weights(built.config) or built.net.chosen() is not None
+    if has_trained_weights(built.config):
+        return True
+    # Where training has chosen the widths, its weights belong to them alone.
+    chosen = built.net.chosen()
+    return chosen is not None and widths == {name: len(units) for name, units in chosen.items()}
 
 
 def final_network(
@@ -117,7 +120,7 @@ def final_network(
         teacher: The dense network, if it teaches.
     """
     c = built.config
-    if inherits(built):
+    if inherits(built, widths):
         slim = export(supernet_of(built, widths), widths)
     else:
         slim = export(fresh_model(c, built.data, seed), widths, graph=built.net.graph)
@@ -132,13 +135,13 @@ def _compared(
 ) -> tuple[dict[str, Any], nn.Module]:
     """Return a row of the table, and the network of the first seed."""
     c = built.config
-    given = dense is None and has_trained_weights(c)
+    given = dense is None and built.is_trained
     accuracies, networks = [], []
     for number in range(1 if given else c.seeds):
         if given:
             slim = fresh_model(c, built.data, c.seed, trained=True)
         else:
-            slim = final_network(built, name, widths, c.seed + number, dense if _teaches(c) else None)
+            slim = final_network(built, name, widths, c.seed + number, dense if _teaches(built) else None)
         batches = make_loader(built.data.test, JUDGED_TOGETHER, train=False)
         accuracies.append(float(evaluate(slim, batches, device=c.device)["accuracy"]))
         networks.append(slim)
@@ -156,8 +159,18 @@ def _compared(
     return row, networks[0].cpu()
 
 
-def _teaches(config: RunConfig) -> bool:
-    return has_trained_weights(config) if config.distill is None else config.distill
+def _teaches(built: Built) -> bool:
+    return built.is_trained if built.config.distill is None else built.config.distill
+
+
+def _notes(built: Built) -> list[str]:
+    """Say what is unequal in the comparison."""
+    c, epochs = built.config, built.recipe.supernet.epochs
+    if c.stages == 1 or not epochs or not inherits(built, built.net.graph.full):
+        return []
+    return [
+        f"the searched network was also trained in {c.stages - 1} later stages of {epochs} epochs, the others were not"
+    ]
 
 
 def _name_slow_layers(

@@ -172,8 +172,12 @@ class RunFolder:
             )
         return SearchResult.load(self.result_file)
 
-    def check_weights(self, config: RunConfig) -> None:
+    def check_weights(self, config: RunConfig, *, begins: bool = False) -> None:
         """Refuse to go on where the file of trained weights is not the one with which the run began.
+
+        Args:
+            config: The run's options.
+            begins: A run may begin here; what an earlier one has left counts only if it has results.
 
         Raises:
             OptionError: If so, or if it cannot be read.

@@ -24,12 +24,13 @@ def evaluate_given(built: Built) -> float | None:
     accuracy = None
     if has_trained_weights(config):
         model = fresh_model(config, data, config.seed)
-        fresh = load_trained(model, config)
+        load_trained(model, config)
         found = evaluate(model, make_loader(data.test, JUDGED_TOGETHER, train=False), device=config.device)
         accuracy = found["accuracy"]
         built.say(f"dense: {accuracy:.2%} on {found['images']} test images")
-        if fresh:
-            built.say(f"dense: the weights lack {len(fresh)} tensors, which are fresh: {', '.join(fresh[:4])}")
+        if built.fresh:
+            shown = ", ".join(built.fresh[:4])
+            built.say(f"dense: the weights lack {len(built.fresh)} tensors, which are fresh: {shown}")
         elif accuracy <= _SUSPICIOUS / data.num_classes:
             built.say(
                 "dense: this is hardly better than guessing; the preprocessing or the order of classes may be wrong"

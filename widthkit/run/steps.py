@@ -108,8 +108,7 @@ def supernet_of(built: Built, widths: Mapping[str, int]) -> Supernet:
         return built.net
     net, plan = built.net, built.stage_plan
     for before, row in itertools.pairwise(result.settings["stages"]):
-        # Not ranked: the weights that are loaded are.
-        net = next_supernet(net, before["widths"], plan, row["stage"], built.net)
+        net = next_supernet(net, before["widths"], plan, row["stage"], built.net, built.rank)
         load_supernet(built, net, row["stage"])
     return net
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -40,7 +40,13 @@ class Strategy(ABC):
 
     Subclasses are frozen dataclasses of their options. :meth:`train_step` calls ``net.record(widths, loss)`` for widths
     that it trains if searches shall start from the best of them.
+
+    Attributes:
+        needs_training: Whether sub-networks mean something only after a training of the supernet; runs refuse to search
+            without one.
     """
+
+    needs_training: ClassVar[bool] = True
 
     @abstractmethod
     def capacity(self, choices: GroupChoices) -> int:
