@@ -74,6 +74,10 @@ OTHERS = {
     "final_epochs": 0,
     "seeds": 2,
     "init": "inherit",
+    "distill": True,
+    "compare": ["importance"],
+    "checkpoint_minutes": 1.0,
+    "trackers": ["tensorboard"],
 }
 """Every option with another value than its default."""
 

@@ -80,12 +80,12 @@ def _parameter(option: RunOption) -> inspect.Parameter:
 
 
 def _default(option: RunOption) -> str:
-    """Write an option's default for the help; Typer gets none, so that only what a user gives is passed on."""
+    """Write an option's default for the help, as rich's markup; Typer gets none, so that only what a user gives is passed on."""
     try:
         value = option.default
     except PluginError:
         return ""  # a broken installation must not take the help away; building the configuration says what is wrong
-    return "" if value in ({}, [], None, False) else f" [default: {value}]"
+    return "" if value is None or value is False or value in ({}, []) else rf" \[default: {value}]"
 
 
 def _info(option: RunOption) -> Any:

@@ -14,7 +14,8 @@ def new_config(**values: Any) -> RunConfig:
     """Make the options of a new run from those that a user gives; the recipe's options fill in the others.
 
     Without a recipe's name, a run that starts from trained weights takes the one for these. ``"none"`` as the
-    ranking turns off the recipe's. Where another strategy or searcher is named than the recipe's, its options do not count.
+    ranking turns off the recipe's. Where another strategy or searcher is named than the recipe's, the options of the
+    recipe's do not count.
 
     Raises:
         OptionError: As :class:`RunConfig`, and if there is no such recipe.
