@@ -19,7 +19,7 @@ _SHOWN = 5
 def space_json(space: SearchSpace) -> dict[str, Any]:
     """Return a search space as JSON values; the size is text, because JSON readers round large numbers."""
     graph = space.graph
-    sensitivity = graph.sensitivity()
+    sensitivity = graph.sensitivity(space.largest)
     return {
         "format": 1,
         "widthkit": __version__,
