@@ -105,7 +105,7 @@ def iterative(
     if searcher != "importance":
         judged = sum(row["networks"] * row["macs"] for row in rows)
         ledger.ran("judging", judged, judged_images(setup))
-    return export(done.net, done.result.widths)
+    return export(done.net, done.result)
 
 
 def _budget(macs: float) -> str:
@@ -154,8 +154,7 @@ def found(
     if _judges(result):
         paths = len(net.paths(result.widths))
         ledger.ran("judging", paths * sum(trial.macs for trial in result.trials), judged_images(setup))
-    units = result.settings.get("units")
-    return export(net, units if units is not None else result.widths)
+    return export(net, result)
 
 
 def judged_images(setup: Setup) -> int:

@@ -182,7 +182,7 @@ def test_widths_come_out_of_training_within_one_percent(target):
     assert result.history[-1]["policy_flipped"] == 0
     found = wk.search(net, batches, f"{target}x", progress=False)
     assert found.widths == widths
-    assert found.settings["units"] == {name: u.tolist() for name, u in units.items()}
+    assert found.units == {name: u.tolist() for name, u in units.items()}
     assert (len(found.trials), found.searcher) == (1, "training")
     # By widths or by units, it is the same network.
     x = batches[0][0]
@@ -249,7 +249,7 @@ def stop_after(epoch, out):
 def test_a_result_with_units_can_be_saved(tmp_path):
     net, _, batches = trained("0.5x", epochs=1)
     found = wk.search(net, batches, "0.5x", out=tmp_path, progress=False)
-    assert SearchResult.load(tmp_path / "search.json").settings["units"] == found.settings["units"]
+    assert SearchResult.load(tmp_path / "search.json").units == found.units != {}
 
 
 def test_fixed_and_narrowed_groups_have_no_say():

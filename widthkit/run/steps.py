@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 
 from widthkit.budget import Budget
 from widthkit.export import check_same, export, save
+from widthkit.graph import Kept
 from widthkit.graph.plan import kept_units
 from widthkit.run.build import Built, training_data
 from widthkit.run.dense import fresh_model
@@ -114,6 +115,20 @@ def supernet_of(built: Built, widths: Mapping[str, int]) -> Supernet:
     return net
 
 
+def kept_by(built: Built, widths: Mapping[str, int]) -> Kept:
+    """Return the supernet's units for widths: those that the search judged best, if these widths are what it found.
+
+    Other widths come back as they are; they stand for the units of the strategy's first path.
+
+    Args:
+        built: What the run works with.
+        widths: Group name -> width.
+    """
+    file = built.folder.result_file
+    result = SearchResult.load(file) if file.exists() else None
+    return result.units if result is not None and result.units and result.widths == dict(widths) else widths
+
+
 def export_widths(
     built: Built, widths: dict[str, int], path: Path, formats: Sequence[str] = ("safetensors",), **form: Any
 ) -> tuple[Path, ...]:
@@ -131,11 +146,11 @@ def export_widths(
             else than the network; nothing is written then.
     """
     kept_units(built.net.graph, widths)
-    net = supernet_of(built, widths)
-    slim = export(net, widths)
+    net, kept = supernet_of(built, widths), kept_by(built, widths)
+    slim = export(net, kept)
     images = torch.stack([built.data.valid[i][0] for i in range(2)])
     # Before recalibration: the supernet's statistics are still the slim network's.
-    same = check_same(net.set_widths(widths), slim, images, name="the slim network")
+    same = check_same(net.set_widths(kept), slim, images, name="the slim network")
     built.say(f"slim: largest difference from the supernet {same.largest_difference:.2g}")
     recalibrate(slim, make_loader(built.data.train, built.recipe.supernet.batch_size, train=False))
     return save(
