@@ -21,6 +21,7 @@ _START: dict[str, Any] = {"group": "Model", "commands": (TRAIN, SLIM)}
 _DATA: dict[str, Any] = {"group": "Data", "commands": (TRAIN, SLIM)}
 _SPACE: dict[str, Any] = {"group": "Search space", "commands": (SPACE, TRAIN, SLIM)}
 _TRAINING: dict[str, Any] = {"group": "Training", "commands": (TRAIN, SLIM)}
+_STRATEGY: dict[str, Any] = {"group": "Training", "commands": (SPACE, TRAIN, SLIM)}
 _SEARCH: dict[str, Any] = {"group": "Search", "commands": (SEARCH, SLIM)}
 _FINAL: dict[str, Any] = {"group": "Final trainings", "commands": (SLIM,)}
 
@@ -107,10 +108,10 @@ class RunConfig(BaseModel):
         lambda: STRATEGIES.default,
         "Sharing strategy",
         "How sub-networks share weights; widthkit plugins lists the strategies",
-        **_TRAINING,
+        **_STRATEGY,
     )
     strategy_options: dict[str, Any] = option(
-        {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_TRAINING
+        {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_STRATEGY
     )
     recipe: str = option(
         "default",

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from widthkit.budget import Budget, Limit
 from widthkit.errors import OptionError
-from widthkit.graph import ChannelGraph, FloatArray
+from widthkit.graph import ChannelGraph, FloatArray, IntArray
 from widthkit.graph.cost import Polynomial
 
-Slope = Callable[[FloatArray], tuple[float, FloatArray]]
+Slope = Callable[[IntArray], tuple[float, FloatArray]]
 """Returns the cost of widths ``[groups]``, and its derivative by every width."""
 _STEP = 1 / 8
 """Widths are moved by this share of the full width for the slope of a latency, which moves in steps by itself."""
@@ -74,7 +74,7 @@ def bounds_of(budget: Budget, graph: ChannelGraph) -> tuple[Bound, ...]:
 
 
 def _of_polynomial(polynomial: Polynomial) -> Slope:
-    def slope(widths: FloatArray) -> tuple[float, FloatArray]:
+    def slope(widths: IntArray) -> tuple[float, FloatArray]:
         value = float(polynomial.per_term(widths).sum() / polynomial.divisor)
         return value, np.asarray(polynomial.gradient(widths), dtype=np.float64)
 
@@ -84,11 +84,14 @@ def _of_polynomial(polynomial: Polynomial) -> Slope:
 def _of_latency(limit: Limit, graph: ChannelGraph) -> Slope:
     """Take differences of predictions: every group a step wider and a step narrower."""
 
-    def slope(widths: FloatArray) -> tuple[float, FloatArray]:
-        now, n = widths.astype(np.int64), len(widths)
+    def slope(widths: IntArray) -> tuple[float, FloatArray]:
+        n = len(widths)
         step = np.maximum(1, np.rint(_STEP * graph.group_widths)).astype(np.int64)
-        wider, narrower = np.maximum(now, np.minimum(now + step, graph.group_widths)), np.maximum(now - step, 1)
-        vectors = np.tile(now, (2 * n + 1, 1))
+        wider, narrower = (
+            np.maximum(widths, np.minimum(widths + step, graph.group_widths)),
+            np.maximum(widths - step, 1),
+        )
+        vectors = np.tile(widths, (2 * n + 1, 1))
         vectors[np.arange(n), np.arange(n)] = wider
         vectors[n + np.arange(n), np.arange(n)] = narrower
         found = np.asarray(limit.cost(graph, vectors), dtype=np.float64)
@@ -103,7 +106,7 @@ class _Cost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, widths: Tensor, slope: Slope) -> Tensor:
         """Evaluate the cost."""
-        value, by_width = slope(widths.detach().cpu().numpy())
+        value, by_width = slope(np.rint(widths.detach().cpu().numpy()).astype(np.int64))
         ctx.slope = widths.new_tensor(by_width)
         return widths.new_tensor(value)
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from widthkit_plugins.strategies.dbc.closed import ClosedUnits
-from widthkit_plugins.strategies.dbc.cost import bounds_of
+from widthkit_plugins.strategies.dbc.cost import Bound, bounds_of
 
 from widthkit.budget import Budget
 from widthkit.errors import BudgetError, Option
@@ -56,7 +56,7 @@ class Policy(nn.Module):
         widths = net.wide_graph.group_widths
         self.names, self.target = net.wide_graph.group_names, target
         self._graph: ChannelGraph = net.graph
-        self._bounds = bounds_of(target, net.graph)
+        self._bounds: tuple[Bound, ...] = bounds_of(target, net.graph)
         ends = np.cumsum(widths)
         self.ranges = {n: slice(int(e - w), int(e)) for n, e, w in zip(self.names, ends, widths, strict=True)}
         self._group = np.repeat(np.arange(len(widths)), widths)
@@ -101,11 +101,12 @@ class Policy(nn.Module):
         """
         widths = torch.zeros(len(self.names), dtype=torch.float64, device=bits.device)
         widths = widths.index_add(0, torch.from_numpy(self._group).to(bits.device), bits.double())
-        if len(self._bounds) == 1:
-            return self._bounds[0].excess(widths)
-        counts = np.rint(widths.detach().cpu().numpy()).astype(np.int64)
-        used = [bound.limit.cost(self._graph, counts) / bound.limit.value for bound in self._bounds]
-        return self._bounds[int(np.argmax(used))].excess(widths)
+        strictest: Bound = self._bounds[0]
+        if len(self._bounds) > 1:
+            counts = np.rint(widths.detach().cpu().numpy()).astype(np.int64)
+            strictest = max(self._bounds, key=lambda b: b.limit.cost(self._graph, counts) / b.limit.value)
+        excess: Tensor = strictest.excess(widths)
+        return excess
 
     def settle(self) -> None:
         """Fix the policy; :meth:`units` does not change any more."""
@@ -170,7 +171,7 @@ class Policy(nn.Module):
 
     def _least(self) -> IntArray:
         """Return ``[groups]``: the narrowest choices."""
-        return np.maximum(self._floor, self._counts(self._fixed))
+        return np.asarray(np.maximum(self._floor, self._counts(self._fixed)))
 
     def _usage(self, counts: IntArray) -> float:
         """Return the largest share of all bounds, those included that gates are not trained for."""
