@@ -66,6 +66,13 @@ class RunConfig(BaseModel):
     model_options: dict[str, Any] = option(
         {}, "Model's arguments", "Argument of the model's factory; the value is JSON", flag="--model-option", **_MODEL
     )
+    merges: bool = option(
+        False,
+        "Blocks that merge",
+        "Train the branches of blocks that merge (RepVGG, MobileOne), with a width per merged layer; slim networks are "
+        "merged",
+        **_START,
+    )
     freeze: list[str] = option([], "Frozen modules", "Module path or pattern whose output widths stay", **_MODEL)
     pretrained: bool = option(False, "Pretrained weights", "Start from the library's weights", **_START)
     weights: str | None = option(

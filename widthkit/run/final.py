@@ -15,8 +15,8 @@ from widthkit.graph.space import uniform_space
 from widthkit.latency.slow_layers import is_slow, slow_layers, time_layers
 from widthkit.latency.timing import forward_latency
 from widthkit.run.build import Built
-from widthkit.run.dense import fresh_model, input_shape
-from widthkit.run.steps import JUDGED_TOGETHER, kept_by, supernet_of, train_by
+from widthkit.run.dense import input_shape, plain_model
+from widthkit.run.steps import JUDGED_TOGETHER, supernet_at, train_by
 from widthkit.search import SearchResult
 from widthkit.search.uniform import uniform_widths
 from widthkit.train import evaluate, make_loader, recalibrate
@@ -91,9 +91,9 @@ def final_network(built: Built, name: str, widths: dict[str, int], seed: int) ->
     """
     c = built.config
     if c.init == "inherit":
-        slim = export(supernet_of(built, widths), kept_by(built, widths))
+        slim = export(supernet_at(built, widths))
     else:
-        slim = export(fresh_model(c, built.data, seed), widths, graph=built.net.graph)
+        slim = export(plain_model(c, built.data, seed), widths, graph=built.net.graph)
     how = built.recipe.final
     train_by(built, how, slim, built.folder.path / "final" / f"{name}-{seed}", seed=seed)
     recalibrate(slim, make_loader(built.data.train, how.batch_size, train=False))
