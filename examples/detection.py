@@ -107,7 +107,7 @@ def main(folder: str | None = None, kind: str = "retinanet", n: int = 16, epochs
     history = wk.train(net, train, epochs, loss=loss, optimizer="adamw", lr=2e-3, clip_grad=1.0, progress=False).history
     # These models return losses in training mode only, so networks are judged in that mode.
     result = wk.search(net, valid, "0.6x", "random", loss=loss, judging=Judging(training=True), n=2, progress=False)
-    slim = wk.export(net, result.widths)
+    slim = wk.export(net, result)
     wk.recalibrate(slim, train)
 
     found = slim.eval()([image])[0]
@@ -116,7 +116,7 @@ def main(folder: str | None = None, kind: str = "retinanet", n: int = 16, epochs
     print(f"{len(found['boxes'])} boxes in the first image")
     with torch.no_grad():
         losses = []
-        for model in (net.set_widths(result.widths).train(), slim.train()):
+        for model in (net.set_widths(result.units).train(), slim.train()):
             torch.manual_seed(0)  # Faster R-CNN draws the proposals that it learns from
             losses.append(float(loss(model(*valid[0][0]), None)))
     print(f"largest difference between supernet and exported network: {abs(losses[0] - losses[1]):.1e}")

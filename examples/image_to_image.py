@@ -55,12 +55,12 @@ def main(n: int = 320, epochs: int = 3) -> float:
     net = wk.make_supernet(generator(), "bc", example_inputs=(1, 1, 16, 16), k=4, min_width="0.25x")
     wk.train(net, train, epochs, loss=F.l1_loss, optimizer="adamw", lr=3e-3, progress=False)
     result = wk.search(net, valid, "0.5x", "uniform", loss=F.l1_loss, progress=False)
-    slim = wk.export(net, result.widths)
+    slim = wk.export(net, result)
 
     images, targets = next(iter(valid))
     with torch.no_grad():
         error = float(F.l1_loss(slim.eval()(images), targets))
-        difference = (net.set_widths(result.widths).eval()(images) - slim(images)).abs().max()
+        difference = (net.set_widths(result.units).eval()(images) - slim(images)).abs().max()
     print(f"{result.macs / result.full['macs']:.0%} of the MACs, L1 error {error:.3f}")
     print(f"largest difference between supernet and exported network: {float(difference):.1e}")
     return error

@@ -40,13 +40,13 @@ def main(n: int = 512, epochs: int = 6) -> float:
     net = wk.make_supernet(model, "ua", example_inputs=(1, 3, 32, 32), k=4, min_width="0.5x", n_random=1)
     wk.train(net, train, epochs, loss=loss, optimizer="adamw", lr=3e-3, progress=False)
     result = wk.search(net, valid, "0.6x", "uniform", loss=loss, progress=False)
-    slim = wk.export(net, result.widths)
+    slim = wk.export(net, result)
     wk.recalibrate(slim, train)
 
     images, labels = next(iter(valid))
     with torch.no_grad():
         accuracy = mean_accuracy(slim.eval()(images), labels)
-        difference = (net.set_widths(result.widths).train()(images) - slim.train()(images)).abs().max()
+        difference = (net.set_widths(result.units).train()(images) - slim.train()(images)).abs().max()
     print(f"{result.macs / result.full['macs']:.0%} of the MACs, mean accuracy {accuracy:.1%} over {LABELS} labels")
     print(f"largest difference between supernet and exported network: {float(difference):.1e}")
     return accuracy

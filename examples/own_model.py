@@ -37,13 +37,13 @@ def main() -> None:
     net = wk.make_supernet(model, "ua", graph=graph, k=4)
     wk.train(net, wk.make_loader(data.train, 64, train=True), epochs=3, lr=0.02, progress=False)
     result = wk.search(net, wk.make_loader(data.valid, 512, train=False), "0.6x", progress=False)
-    slim = wk.export(net, result.widths)
+    slim = wk.export(net, result)
     print(f"{result.widths}: {graph.macs(result.widths) / graph.macs():.1%} of the MACs")
 
     # The exported network computes what the supernet computed at these widths.
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        difference = (net.set_widths(result.widths).eval()(x) - slim.eval()(x)).abs().max()
+        difference = (net.set_widths(result.units).eval()(x) - slim.eval()(x)).abs().max()
     print(f"largest difference between supernet and exported network: {float(difference):.1e}")
 
 

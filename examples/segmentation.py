@@ -39,12 +39,12 @@ def main(n: int = 32, epochs: int = 8) -> float:
     net = wk.make_supernet(model, "bc", example_inputs=(1, 3, SIZE, SIZE), k=4, min_width="0.5x")
     wk.train(net, train, epochs, optimizer="adamw", lr=3e-3, progress=False)
     result = wk.search(net, valid, "0.6x", "random", n=2, progress=False)
-    slim = wk.export(net, result.widths)
+    slim = wk.export(net, result)
 
     images, masks = next(iter(valid))
     with torch.no_grad():
         out = slim.train()(images)["out"]
-        difference = (net.set_widths(result.widths).train()(images)["out"] - out).abs().max()
+        difference = (net.set_widths(result.units).train()(images)["out"] - out).abs().max()
     # Most pixels are background, so accuracy is averaged over classes.
     right = (out.argmax(1) == masks).float()
     accuracy = float(torch.stack([right[masks == kind].mean() for kind in range(3)]).mean())

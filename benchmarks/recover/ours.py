@@ -106,7 +106,7 @@ def iterative(
         judged = SearchResult.load(folder / "iterative" / f"stage-{stage}" / "search.json")
         if _judges(judged):
             ledger.ran("judging", sum(trial.macs for trial in judged.trials), judged_images(setup))
-    return export(done.net, done.result.widths)
+    return export(done.net, done.result)
 
 
 def _budget(macs: float) -> str:
@@ -155,8 +155,7 @@ def found(
     if _judges(result):
         paths = len(net.paths(result.widths))
         ledger.ran("judging", paths * sum(trial.macs for trial in result.trials), judged_images(setup))
-    units = result.settings.get("units")
-    return export(net, units if units is not None else result.widths)
+    return export(net, result)
 
 
 def judged_images(setup: Setup) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from widthkit.errors import OptionError
 from widthkit.graph import IntArray
 from widthkit.graph.space import GroupChoices
 from widthkit.supernet import Supernet
@@ -21,11 +22,19 @@ class BilaterallyCoupled(Strategy):
     """Both ends of a layer, complementary training (BCNet, Eq. 7-12).
 
     Args:
-        complementary: With every width c also train its complement, so that every channel is trained equally often
-            (Eq. 11).
+        complementary: With every width c also train its complement (Eq. 11).
+        complement: ``"inside"`` takes the complement among the group's choices: the i-th narrowest width goes with the
+            i-th widest, which is ``l + l_min - c`` where the choices are evenly spaced. ``"paper"`` takes ``l - c``.
+            Then both widths of a step together train every channel equally often, but as soon as there is a narrowest
+            width, most complements are narrower than that: widths are trained that no search judges.
     """
 
     complementary: bool = True
+    complement: str = "inside"
+
+    def __post_init__(self) -> None:
+        if self.complement not in ("inside", "paper"):
+            raise OptionError(f"complement '{self.complement}': bc knows 'inside' and 'paper'")
 
     def capacity(self, choices: GroupChoices) -> int:
         """The widest choice: both ends share one layer."""
@@ -40,12 +49,15 @@ class BilaterallyCoupled(Strategy):
         inside = min(choices.widest, choices.width)
         return np.concatenate([both_ends(ranking[:inside]), ranking[inside:]])
 
-    def complement(self, width: int, choices: GroupChoices) -> int:
-        """``l - c``; the complement of the full width is the full width, so that both ends train all channels once.
+    def complement_of(self, width: int, choices: GroupChoices) -> int:
+        """Return the width that is trained together with one of the group's choices.
 
-        The paper leaves that case open.
+        The paper does not say what the complement of the full width is. With ``"paper"`` it is the full width, so that
+        both ends train all channels once.
         """
-        return choices.widest - width or choices.widest
+        if self.complement == "paper":
+            return choices.widest - width or choices.widest
+        return choices.options[-1 - choices.options.index(width)]
 
     def train_step(self, net: Supernet, step: StepContext) -> Tensor:
         """Train a random width and its complement, each on both ends with half the loss (Eq. 10 and 11).
@@ -55,7 +67,7 @@ class BilaterallyCoupled(Strategy):
         widths = net.space.sample(net.rng(step))
         vectors = [widths]
         if self.complementary:
-            vectors.append({g.name: self.complement(widths[g.name], g) for g in net.space.groups})
+            vectors.append({g.name: self.complement_of(widths[g.name], g) for g in net.space.groups})
         losses = []
         for vector in vectors:
             # Each end gives half of its loss, so the sum is the mean of both.

@@ -27,7 +27,7 @@ def test_slim_takes_the_widths_from_training(tmp_path, monkeypatch, capfd):
     assert (found["searcher"], len(found["trials"])) == ("training", 1)
     # The budget became the target, and units are named.
     assert 0.39 * found["full"]["macs"] < found["macs"] <= 0.4 * found["full"]["macs"]
-    assert {name: len(units) for name, units in found["settings"]["units"].items()} == found["widths"]
+    assert {name: len(units) for name, units in found["units"].items()} == found["widths"]
     assert sum(p.numel() for p in wk.load(out / "slim").parameters()) == found["params"]
     assert run(monkeypatch, "search", out, "--budget", "0.2x", "--resume") == 2
     error = capfd.readouterr().err.splitlines()[-1]

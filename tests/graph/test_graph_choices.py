@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from widthkit.errors import OptionError, WidthsError
-from widthkit.graph.space import SearchSpace, bin_sizes, flops_bins, resolve_limit, uniform_space
+from widthkit.graph.space import SearchSpace, bin_sizes, flops_bins, make_space, resolve_limit, uniform_space
 from widthkit.modules.models import create_model
 from widthkit.trace import trace
 
@@ -38,9 +38,7 @@ def check(space, min_width, max_width, divisor):
         assert all(a < b for a, b in pairwise(group.options))
         assert all(low <= option <= high for option in group.options)
         assert group.widest == high
-        assert all(option % divisor == 0 or option in (width, high) for option in group.options)
-        if low <= width <= high:
-            assert width in group.options
+        assert all(option % divisor == 0 or option == high for option in group.options)
         if low % divisor == 0 and min_width != 1:
             assert group.narrowest == low
     assert space.size == math.prod(len(g.options) for g in space.groups)
@@ -72,7 +70,7 @@ def test_bin_spaces(beta, divisor, min_width, max_width):
 @given(k=st.integers(1, 12), seed=st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
 def test_encode_and_decode_undo_each_other(k, seed):
-    space = uniform_space(three_layers(), k, max_width="1.5x")
+    space = uniform_space(three_layers(), k, max_width="1.5x", own_width=True)
     rng = np.random.default_rng(seed)
     widths = space.sample(rng)
     genes = space.encode(widths)
@@ -98,14 +96,24 @@ def test_the_range_of_autoslim():
     space = uniform_space(three_layers(), 10, min_width="0.15x", max_width="1.5x")
     assert space.largest == {"0": 10, "2": 36, "3": 60}
     assert space.smallest == {"0": 1, "2": 4, "3": 6}
-    assert all(g.width in g.options for g in space.groups)
+    assert space.groups[1].options == (4, 7, 11, 14, 18, 22, 25, 29, 32, 36)
+
+
+def test_a_grown_space_has_the_models_width_where_it_is_asked_for():
+    # 1.5 times 24 units in 10 steps of 3.6: the model's 24 lies between 21.6 and 25.2.
+    options = {"k": 10, "max_width": "1.5x"}
+    assert uniform_space(three_layers(), **options).groups[1].options == (4, 7, 11, 14, 18, 22, 25, 29, 32, 36)
+    asked = uniform_space(three_layers(), **options, own_width=True).groups[1].options
+    assert asked == (4, 7, 11, 14, 18, 22, 24, 25, 29, 32, 36)
+    binned = make_space(three_layers(), bins=4.0, max_width="1.5x", own_width=True)
+    assert all(g.width in g.options for g in binned.groups)
 
 
 def test_a_divisor():
     space = uniform_space(three_layers(), 20, divisor=8)
     assert [g.options for g in space.groups] == [(7,), (8, 16, 24), (8, 16, 24, 32, 40)]
     grown = uniform_space(three_layers(), 20, divisor=8, max_width="1.25x")
-    assert [g.options for g in grown.groups] == [(7, 8, 9), (8, 16, 24, 30), (8, 16, 24, 32, 40, 48, 50)]
+    assert [g.options for g in grown.groups] == [(8, 9), (8, 16, 24, 30), (8, 16, 24, 32, 40, 48, 50)]
 
 
 def test_mobilenet_v2_has_the_space_of_the_paper():
@@ -136,6 +144,19 @@ def test_bins_by_hand():
     assert bin_sizes(three_layers(), 0.01).tolist() == [1, 1, 1]
 
 
+def test_bins_of_a_grown_space_are_those_at_its_widest():
+    # At twice the widths, 14, 48 and 80: what one more channel costs is what it writes and what reads it there.
+    e = [3 * 9 * 36 + 9 * 48 * 16, 14 * 9 * 16 + 80 * 16, 48 * 16 + 4 * 16]
+    sizes = [1, round(e[0] / e[1]), round(e[0] / e[2])]
+    assert sizes == [1, 2, 9]  # [1, 3, 10] at the model's width
+    grown = flops_bins(three_layers(), max_width="2x")
+    assert [g.options[0] for g in grown.groups] == sizes
+    assert [len(g.options) for g in grown.groups] == [14, 24, 9]
+    half = flops_bins(three_layers(), max_width="0.5x")
+    at_half = [3 * 9 * 36 + 9 * 12 * 16, 4 * 9 * 16 + 20 * 16, 12 * 16 + 4 * 16]
+    assert [g.options[0] for g in half.groups] == [1, round(at_half[0] / at_half[1]), round(at_half[0] / at_half[2])]
+
+
 def test_bins_of_one_layer_cost_about_the_same():
     """A bin of any group is worth the sensitivity of the most expensive channel, up to rounding."""
     graph = trace(create_model("torchvision/mobilenet_v2"))
@@ -153,7 +174,7 @@ def test_a_group_without_macs_is_one_bin():
         def __init__(self, slope):
             self.slope = np.array(slope)
 
-        def sensitivity(self):
+        def sensitivity(self, widths=None):
             return self.slope
 
     assert bin_sizes(Free([10.0, 0.0])).tolist() == [1, 4]

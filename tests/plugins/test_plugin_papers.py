@@ -9,10 +9,12 @@ from widthkit_plugins.strategies.bc import BilaterallyCoupled
 from widthkit_plugins.strategies.ua import UniversallyAligned
 
 from widthkit.errors import OptionError
-from widthkit.graph.space import GroupChoices, SearchSpace
+from widthkit.graph.space import GroupChoices, SearchSpace, make_space
+from widthkit.modules.models import create_model
 from widthkit.supernet import make_supernet
 from widthkit.supernet.strategy import can_distill
 from widthkit.testing import make_step
+from widthkit.trace import trace
 from widthkit.train.losses import cross_entropy
 
 WIDTH = 7
@@ -87,8 +89,15 @@ def test_bc_uses_every_channel_in_l_plus_1_widths(width):
 @pytest.mark.parametrize("width", range(1, WIDTH + 1))
 def test_bc_with_complement_trains_every_channel_equally_often(width, monkeypatch):
     # BCNet, Fig. 2: twice per pair. A full width is its own complement, so all channels are trained by all four paths.
-    trained = trained_per_step(one_layer(BilaterallyCoupled()), monkeypatch, width)
+    trained = trained_per_step(one_layer(BilaterallyCoupled(complement="paper")), monkeypatch, width)
     assert trained == [4 if width == WIDTH else 2] * WIDTH
+
+
+@pytest.mark.parametrize("width", range(1, WIDTH + 1))
+def test_a_complement_inside_the_space_trains_one_channel_more_from_either_end(width, monkeypatch):
+    # c with l + 1 - c: both ends of both widths cover every channel twice, and overlap in one channel each.
+    trained = trained_per_step(one_layer(BilaterallyCoupled()), monkeypatch, width)
+    assert trained == [2 + (i == width - 1) + (i == WIDTH - width) for i in range(WIDTH)]
 
 
 @pytest.mark.parametrize("width", range(1, WIDTH))
@@ -109,7 +118,36 @@ def test_bc_paths_by_hand():
     left, right = BilaterallyCoupled().paths(2, choices)
     assert (left.tolist(), right.tolist()) == ([0, 1], [4, 5])
     # Fig. 2's example: c = (3, 2, 4) with 6 channels per layer has the complement (3, 4, 2).
-    assert [BilaterallyCoupled().complement(c, choices) for c in (3, 2, 4)] == [3, 4, 2]
+    assert [BilaterallyCoupled(complement="paper").complement_of(c, choices) for c in (3, 2, 4)] == [3, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"min_width": "0.25x"}, {"bins": 4.0}, {"max_width": "1.5x"}, {"min_width": "0.25x", "divisor": 8}],
+    ids=str,
+)
+def test_complements_of_bc_stay_in_the_space(limits):
+    """Every choice is the complement of exactly one choice, so narrow and wide ones are trained equally often."""
+    graph = trace(create_model("torchvision/mobilenet_v2"))
+    space = make_space(graph, **limits)
+    for g in space.groups:
+        complements = [BilaterallyCoupled().complement_of(c, g) for c in g.options]
+        assert sorted(complements) == list(g.options)
+        assert [BilaterallyCoupled().complement_of(c, g) for c in complements] == list(g.options)
+    even = make_space(graph, k=8, min_width="0.25x").groups[0]
+    assert (even.width, even.narrowest) == (32, 8)
+    assert [BilaterallyCoupled().complement_of(c, even) for c in even.options] == [40 - c for c in even.options]
+
+
+def test_the_complement_of_the_paper_leaves_a_space_with_a_narrowest_width():
+    graph = trace(create_model("torchvision/mobilenet_v2"))
+    space, rng = make_space(graph, min_width="0.25x"), np.random.default_rng(0)
+    strategy = BilaterallyCoupled(complement="paper")
+    draws = [space.sample(rng) for _ in range(200)]
+    outside = [any(strategy.complement_of(w[g.name], g) not in g.options for g in space.groups) for w in draws]
+    assert np.mean(outside) > 0.95
+    with pytest.raises(OptionError, match="bc knows 'inside' and 'paper'"):
+        BilaterallyCoupled(complement="other")
 
 
 # --- one step against autograd written by hand ------------------------------------------------------------------------
@@ -165,7 +203,7 @@ def compare(net, expected, tolerance):
 @pytest.mark.parametrize("complementary", [True, False])
 def test_a_bc_step_is_the_mean_of_both_ends_of_the_width_and_of_its_complement(seed, complementary):
     # Eq. 10 and 11: (L_left(c) + L_right(c)) / 2 + (L_left(l - c) + L_right(l - c)) / 2.
-    net = two_layers(BilaterallyCoupled(complementary))
+    net = two_layers(BilaterallyCoupled(complementary, "paper"))
     images, labels = batch()
     widths = drawn(net, seed, 1)[0]
     vectors = [widths] + [{"0": 8 - widths["0"] or 8, "3": 6 - widths["3"] or 6}] * complementary

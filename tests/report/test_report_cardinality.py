@@ -24,10 +24,18 @@ def test_ua():
 
 
 def test_bc():
-    found = count(BilaterallyCoupled())
+    found = count(BilaterallyCoupled(complement="paper"))
     assert found.judged.sum(0).tolist() == [WIDTH + 1] * WIDTH
     # Two per step, four where the full width is its own complement.
     np.testing.assert_allclose(found.trained, [(2 * (WIDTH - 1) + 4) / WIDTH] * WIDTH)
+
+
+def test_bc_with_complements_inside_the_space_trains_as_it_judges():
+    # Every width is drawn as often as it is a complement, so training follows Eq. 9 where all widths are choices.
+    found = count(BilaterallyCoupled())
+    np.testing.assert_allclose(found.trained, [2 * (WIDTH + 1) / WIDTH] * WIDTH)
+    uneven = count(BilaterallyCoupled(), BASE)
+    np.testing.assert_allclose(uneven.trained / uneven.trained[0], uneven.judged.sum(0) / uneven.judged.sum(0)[0])
 
 
 def test_bc_from_a_base_width_up_is_uneven():

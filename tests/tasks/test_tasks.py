@@ -34,8 +34,8 @@ def whole_job(model, example, train, valid, loss, strategy, call, **judging):
     result = wk.search(net, valid, "0.7x", "random", loss=loss, n=2, progress=False, **judging)
     assert result.macs <= 0.7 * result.full["macs"]
     assert math.isfinite(result.score)
-    slim = wk.export(net, result.widths)
-    net.set_widths(result.widths)
+    slim = wk.export(net, result)
+    net.set_widths(result.units)
     with torch.no_grad():
         for mode in (True, False):
             outputs = []

@@ -17,6 +17,7 @@ from widthkit.graph.space import make_space
 from widthkit.modules.models import create_model
 from widthkit.report.space import draw_space, space_json, space_text
 from widthkit.run.option import SPACE
+from widthkit.supernet.strategy import make_strategy
 from widthkit.trace import trace
 
 
@@ -34,11 +35,12 @@ def space_command(
     shape = shape_of(input_shape)
     name, options, freeze = given.pop("model"), given.pop("model_options", {}), given.pop("freeze", [])
     graph = trace(create_model(name, **options), shape, freeze=freeze)
+    strategy = make_strategy(given.pop("strategy"), given.pop("strategy_options", {}))
     space = make_space(graph, **given)
     if as_json:
-        typer.echo(json.dumps(space_json(space), indent=1))
+        typer.echo(json.dumps(space_json(space, strategy), indent=1))
     else:
-        space_text(space, name)
+        space_text(space, name, strategy)
     if out is not None:
         atomic_write(out, draw_space(space, name))
         typer.echo(f"picture in {out}", err=True)

@@ -15,6 +15,7 @@ from widthkit.export.origin import Origin, compose_origins, origin_of, set_origi
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.graph.plan import Plan, apply_plan, make_plan
 from widthkit.modules.structure import Dense
+from widthkit.search import SearchResult, Trial
 from widthkit.supernet import Supernet
 from widthkit.trace import trace
 
@@ -29,7 +30,7 @@ class SeveralNetworks(nn.Module, ABC):
 
 def export(
     net: nn.Module,
-    widths: Kept | None = None,
+    widths: Kept | SearchResult | Trial | None = None,
     *,
     path: int = 0,
     example_inputs: Any = None,
@@ -42,8 +43,10 @@ def export(
     Args:
         net: A model or a supernet; it is not changed.
         widths: Group name -> width, or -> indices of the kept units. Groups that are not named keep all units.
-            ``None`` takes a supernet's active widths.
-        path: For a supernet: which of the strategy's paths to copy.
+            ``None`` takes a supernet's active widths. The result of a search, or one of its trials, takes the units
+            that were judged best in the supernet; of any other model it takes the leading units of these widths.
+        path: For a supernet and widths: which of the strategy's paths to copy, by default the first one. Nothing says
+            that it is the best: only a search has judged the paths.
         example_inputs: For a model: as in :func:`widthkit.trace`.
         graph: For a model: its channel graph, if it is already traced.
         freeze: For a model: as in :func:`widthkit.trace`.
@@ -61,15 +64,27 @@ def export(
     Conv2d(3, 2, kernel_size=(3, 3), stride=(1, 1))
     """
     if isinstance(net, Supernet):
-        return _from_supernet(net, widths, path)
+        return _from_supernet(net, *judged_best(widths, path))
     if isinstance(net, SeveralNetworks):
         raise OptionError(
             f"{type(net).__name__} has networks of its own; call its networks(), which returns them dense"
         )
     graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
-    plan = make_plan(graph, widths)
+    plan = make_plan(graph, widths.widths if isinstance(widths, (SearchResult, Trial)) else widths)
     slim = apply_plan(net, plan)
     return _with_origin(slim, _origin(graph, plan, Dense.of(net)), origin_of(net))
+
+
+def judged_best(widths: Kept | SearchResult | Trial | None, path: int = 0) -> tuple[Kept | None, int]:
+    """Return widths or units, and the path to take: of a search's result or trial those that were judged best.
+
+    Args:
+        widths: As in :func:`export`.
+        path: Taken where nothing was judged.
+    """
+    if isinstance(widths, SearchResult):
+        return (widths.units or widths.widths), 0
+    return (widths.widths, widths.path) if isinstance(widths, Trial) else (widths, path)
 
 
 def _from_supernet(net: Supernet, widths: Kept | None, path: int) -> nn.Module:

@@ -14,9 +14,10 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widthkit.errors import OptionError
-from widthkit.export.dense import SeveralNetworks, export
+from widthkit.export.dense import SeveralNetworks, export, judged_best
 from widthkit.graph import Kept
 from widthkit.graph.plan import Plan
+from widthkit.search import Trial
 from widthkit.supernet import Supernet
 from widthkit.supernet.slices import SlicedModel
 from widthkit.supernet.strategy import can_distill
@@ -34,7 +35,7 @@ class JointNet(SeveralNetworks):
 
     Args:
         net: The supernet that holds the shared weights; they are trained in place.
-        networks: Widths, or units, of every network.
+        networks: Widths, units, or trials of a search; of a trial the units that were judged best are taken.
         distill: Let the smaller networks learn from the largest one's output instead of the labels.
         private_affine: Give every network its own scales and biases of batch norms, besides its own statistics.
 
@@ -50,7 +51,7 @@ class JointNet(SeveralNetworks):
     """
 
     def __init__(
-        self, net: Supernet, networks: Sequence[Kept], *, distill: bool = True, private_affine: bool = True
+        self, net: Supernet, networks: Sequence[Kept | Trial], *, distill: bool = True, private_affine: bool = True
     ) -> None:
         super().__init__()
         if not isinstance(net, Supernet):
@@ -62,7 +63,7 @@ class JointNet(SeveralNetworks):
                 "networks whose blocks merge cannot be trained jointly; their merged exports share nothing"
             )
         self.net, self.distill, self.private_affine = net, distill, private_affine
-        self.units = [net.units(widths) for widths in networks]
+        self.units = [net.units(*judged_best(widths)) for widths in networks]
         plans = [net.plan(units) for units in self.units]
         macs = [net.graph.macs(plan.widths) for plan in plans]
         self.largest = max(range(len(macs)), key=macs.__getitem__)

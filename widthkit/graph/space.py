@@ -54,7 +54,7 @@ class SearchSpace:
     Args:
         graph: The channel graph of the model.
         groups: One entry per group, in the graph's order.
-        divisor: Widths are multiples of this, except the widest of a group and the model's own.
+        divisor: Widths are multiples of this, except the widest of a group and, where asked for, the model's own.
 
     >>> from torch import nn
     >>> from widthkit.trace import trace
@@ -129,6 +129,7 @@ def uniform_space(
     max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
+    own_width: bool = False,
 ) -> SearchSpace:
     """Give every group K evenly spaced widths.
 
@@ -137,8 +138,10 @@ def uniform_space(
         k: Choices per group before limits and rounding (the papers take 10 or 20).
         min_width: Narrowest width: an int in units, or a ratio as a float or ``"0.15x"``.
         max_width: Widest width, in the same forms; above ``"1x"`` the supernet grows. An int never grows a group.
-        divisor: Widths are multiples of this, except the widest and the model's own (8 suits tensor cores).
+        divisor: Widths are multiples of this, except the widest (8 suits tensor cores).
         fixed: Group name -> the one width that it keeps.
+        own_width: In a space that grows, let every group also take the model's own width, which need not be evenly
+            spaced. Elsewhere that width is the widest.
 
     Raises:
         OptionError: If the options are out of range.
@@ -150,7 +153,7 @@ def uniform_space(
     def steps(_: int, widest: int) -> list[float]:
         return [widest * i / k for i in range(1, k + 1)]
 
-    return _space(graph, steps, min_width, max_width, divisor, fixed or {})
+    return _space(graph, steps, min_width, max_width, divisor, fixed or {}, own_width)
 
 
 def flops_bins(
@@ -161,16 +164,18 @@ def flops_bins(
     max_width: WidthLimit = "1x",
     divisor: int = 1,
     fixed: Mapping[str, int] | None = None,
+    own_width: bool = False,
 ) -> SearchSpace:
     """Give every group bins of about equal MACs: ``b_g = beta * max(eps) / eps_g`` channels (CafeNet, Eq. 9).
 
     Args:
-        graph: The channel graph; ``eps_g`` is d MACs / d width of group g at full width.
+        graph: The channel graph; ``eps_g`` is d MACs / d width of group g with every group at the space's widest.
         beta: Channels in a bin of the most sensitive group.
         min_width: As in :func:`uniform_space`.
         max_width: As in :func:`uniform_space`.
         divisor: As in :func:`uniform_space`.
         fixed: As in :func:`uniform_space`.
+        own_width: As in :func:`uniform_space`.
 
     Raises:
         OptionError: If the options are out of range.
@@ -178,12 +183,13 @@ def flops_bins(
     """
     if not 0 < beta < math.inf:
         raise OptionError(Option("beta", beta), ": the smallest bin size must be a positive number")
-    sizes = bin_sizes(graph, beta)
+    widest = _widest(graph, max_width, fixed or {})
+    sizes = bin_sizes(graph, beta, widest)
 
     def steps(g: int, widest: int) -> list[float]:
         return [*range(int(sizes[g]), widest, int(sizes[g])), widest]
 
-    return _space(graph, steps, min_width, max_width, divisor, fixed or {})
+    return _space(graph, steps, min_width, max_width, divisor, fixed or {}, own_width)
 
 
 def make_space(graph: ChannelGraph, *, k: int = 20, bins: float | None = None, **limits: Any) -> SearchSpace:
@@ -193,7 +199,7 @@ def make_space(graph: ChannelGraph, *, k: int = 20, bins: float | None = None, *
         graph: The channel graph.
         k: As in :func:`uniform_space`.
         bins: As ``beta`` in :func:`flops_bins`.
-        **limits: ``min_width``, ``max_width``, ``divisor`` and ``fixed``.
+        **limits: ``min_width``, ``max_width``, ``divisor``, ``fixed`` and ``own_width``.
 
     Raises:
         OptionError: If the options are out of range.
@@ -202,15 +208,29 @@ def make_space(graph: ChannelGraph, *, k: int = 20, bins: float | None = None, *
     return uniform_space(graph, k, **limits) if bins is None else flops_bins(graph, bins, **limits)
 
 
-def bin_sizes(graph: ChannelGraph, beta: float = 1.0) -> IntArray:
-    """Return ``[groups]``: channels per bin, at least 1 and at most the group's width (CafeNet, Eq. 9)."""
-    sensitivity = graph.sensitivity()
+def bin_sizes(graph: ChannelGraph, beta: float = 1.0, widest: IntArray | None = None) -> IntArray:
+    """Return ``[groups]``: channels per bin, at least 1 and at most the group's widest (CafeNet, Eq. 9).
+
+    Args:
+        graph: The channel graph.
+        beta: Channels in a bin of the most sensitive group.
+        widest: ``[groups]``: widths at which the sensitivity is taken; the model's own by default.
+    """
+    widest = graph.group_widths if widest is None else widest
+    sensitivity = graph.sensitivity(widest)
     if not len(sensitivity):
         return np.zeros(0, dtype=np.int64)
     sizes = np.full(len(sensitivity), np.inf)  # a group without MACs is one bin
     np.divide(beta * sensitivity.max(), sensitivity, out=sizes, where=sensitivity > 0)
-    clipped = np.clip(np.rint(np.minimum(sizes, graph.group_widths)), 1, graph.group_widths)
+    clipped = np.clip(np.rint(np.minimum(sizes, widest)), 1, widest)
     return np.asarray(clipped, dtype=np.int64)
+
+
+def _widest(graph: ChannelGraph, max_width: WidthLimit, fixed: Mapping[str, int]) -> IntArray:
+    """Return ``[groups]``: every group's widest choice."""
+    widths = {name: resolve_limit(max_width, width) for name, width in graph.full.items()}
+    kept = {n: _fixed_width(n, fixed[n], max(graph.full[n], widest)) for n, widest in widths.items() if n in fixed}
+    return np.array(list({**widths, **kept}.values()), dtype=np.int64)
 
 
 def _space(
@@ -220,6 +240,7 @@ def _space(
     max_width: WidthLimit,
     divisor: int,
     fixed: Mapping[str, int],
+    own_width: bool,
 ) -> SearchSpace:
     if divisor < 1:
         raise OptionError(Option("divisor", divisor), ": it must be at least 1")
@@ -237,7 +258,7 @@ def _space(
         options = {o for o in options if max(low, 1) <= o <= high} | {high}
         if (_number(min_width) if isinstance(min_width, str) else min_width) != 1 and low % divisor == 0:
             options.add(low)
-        if low <= width <= high:
+        if own_width and low <= width <= high:
             options.add(width)
         if name in fixed:
             options = {_fixed_width(name, fixed[name], max(width, high))}

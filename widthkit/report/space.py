@@ -11,15 +11,23 @@ from rich.table import Table
 from widthkit.budget import show_count
 from widthkit.graph.space import SearchSpace
 from widthkit.report.png import png_bytes
+from widthkit.supernet.strategy import Strategy
+from widthkit.supernet.usage import unevenness
 from widthkit.version import __version__
 
 _SHOWN = 5
 
 
-def space_json(space: SearchSpace) -> dict[str, Any]:
-    """Return a search space as JSON values; the size is text, because JSON readers round large numbers."""
+def space_json(space: SearchSpace, strategy: Strategy | None = None) -> dict[str, Any]:
+    """Return a search space as JSON values; the size is text, because JSON readers round large numbers.
+
+    Args:
+        space: The choices.
+        strategy: Adds how evenly its sub-networks use the units: the largest over the smallest use, for every group.
+    """
     graph = space.graph
-    sensitivity = graph.sensitivity()
+    uneven = unevenness(strategy, space) if strategy is not None else {}
+    sensitivity = graph.sensitivity(space.largest)
     return {
         "format": 1,
         "widthkit": __version__,
@@ -35,6 +43,7 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
                 "macs_per_unit": float(sensitivity[graph.group_names.index(g.name)]),
                 "bin_size": bin_size(g.options),
                 "choices": list(g.options),
+                **({"unevenness": uneven[g.name]} if uneven else {}),
             }
             for g in space.groups
         ],
@@ -50,18 +59,18 @@ def bin_size(options: tuple[int, ...]) -> float:
     return (options[-1] - options[0]) / (len(options) - 1) if len(options) > 1 else float(options[0])
 
 
-def space_text(space: SearchSpace, name: str) -> None:
-    """Print a search space as a table."""
+def space_text(space: SearchSpace, name: str, strategy: Strategy) -> None:
+    """Print a search space as a table, with how evenly a strategy uses the units."""
     console = Console(soft_wrap=False)
-    data = space_json(space)
+    data = space_json(space, strategy)
     console.print(
         f"{name}: {len(space.groups)} groups, {show_size(space.size)} width vectors; "
         f"{show_count(data['macs']['narrowest'])} to {show_count(data['macs']['widest'])} MACs, "
         f"{show_count(data['params']['narrowest'])} to {show_count(data['params']['widest'])} params",
         highlight=False,
     )
-    table = Table("group", "units", "MACs per unit", "choices", "bin", "widths", box=None, pad_edge=False)
-    for column in table.columns[1:5]:
+    table = Table("group", "units", "MACs per unit", "choices", "bin", "use", "widths", box=None, pad_edge=False)
+    for column in table.columns[1:6]:
         column.justify = "right"
     for group in data["groups"]:
         table.add_row(
@@ -70,9 +79,11 @@ def space_text(space: SearchSpace, name: str) -> None:
             show_count(group["macs_per_unit"]),
             str(len(group["choices"])),
             f"{group['bin_size']:.3g}",
+            f"{group['unevenness']:.3g}",
             _shown(group["choices"]),
         )
     console.print(table, highlight=False)
+    console.print(f"use: largest over smallest number of sub-networks that use a unit, {strategy}", highlight=False)
 
 
 def show_size(size: int) -> str:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from widthkit.budget import Budget, parse_budget
 from widthkit.errors import Option, OptionError
+from widthkit.modules.merging import merge
 from widthkit.modules.models import check_start
 from widthkit.run.config import RunConfig
 from widthkit.run.data import load_run_data
@@ -93,8 +94,9 @@ class Built:
 
     @property
     def factory_options(self) -> dict[str, Any]:
-        """The arguments with which the model's factory builds the dense model for the data's classes."""
-        return factory_options(self.config, self.data.num_classes)
+        """The arguments with which the model is built for the data's classes, merged where its blocks merge."""
+        merged = {"merged": True} if self.config.merges else {}
+        return {**factory_options(self.config, self.data.num_classes), **merged}
 
 
 def build(
@@ -131,6 +133,8 @@ def build(
     for how in trainings:
         check_engine(how.mixed_precision, config.device)
     check_start(config.pretrained, config.weights, config.reset_head)
+    if config.merges and config.stages > 1:
+        raise OptionError(Option("merges", True), " goes with one stage: a later one would start without branches")
     folder.check_weights(config, begins=begins)
     data = load_run_data(config)
     model, fresh = _start(config, data)
@@ -188,7 +192,8 @@ def _start(config: RunConfig, data: DataSplits) -> tuple[nn.Module, tuple[str, .
 
 
 def _make_supernet(config: RunConfig, recipe: Recipe, data: DataSplits, model: nn.Module) -> Supernet:
-    graph = trace(model, input_shape(data), freeze=config.freeze)
+    plain = merge(model) if config.merges else model
+    graph = trace(plain, input_shape(data), freeze=config.freeze)
     check_outputs(model, config, data)
     return make_supernet(
         model,
@@ -202,6 +207,7 @@ def _make_supernet(config: RunConfig, recipe: Recipe, data: DataSplits, model: n
         divisor=config.divisor,
         fixed=config.fixed,
         seed=config.seed,
+        merges=config.merges,
         rank=config.rank,
         rank_data=_ranking_batches(config, recipe, data) if config.rank else None,
     )

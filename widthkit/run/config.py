@@ -19,6 +19,7 @@ _START: dict[str, Any] = {"group": "Model", "commands": (TRAIN, SLIM)}
 _DATA: dict[str, Any] = {"group": "Data", "commands": (TRAIN, SLIM)}
 _SPACE: dict[str, Any] = {"group": "Search space", "commands": (SPACE, TRAIN, SLIM)}
 _TRAINING: dict[str, Any] = {"group": "Training", "commands": (TRAIN, SLIM)}
+_STRATEGY: dict[str, Any] = {"group": "Training", "commands": (SPACE, TRAIN, SLIM)}
 _SEARCH: dict[str, Any] = {"group": "Search", "commands": (SEARCH, SLIM)}
 _FINAL: dict[str, Any] = {"group": "Final trainings", "commands": (SLIM,)}
 
@@ -65,6 +66,13 @@ class RunConfig(BaseModel):
     model_options: dict[str, Any] = option(
         {}, "Model's arguments", "Argument of the model's factory; the value is JSON", flag="--model-option", **_MODEL
     )
+    merges: bool = option(
+        False,
+        "Blocks that merge",
+        "Train the branches of blocks that merge (RepVGG, MobileOne), with a width per merged layer; slim networks are "
+        "merged",
+        **_START,
+    )
     freeze: list[str] = option([], "Frozen modules", "Module path or pattern whose output widths stay", **_MODEL)
     pretrained: bool = option(False, "Pretrained weights", "Start from the library's weights", **_START)
     weights: str | None = option(
@@ -107,10 +115,10 @@ class RunConfig(BaseModel):
         lambda: STRATEGIES.default,
         "Sharing strategy",
         "How sub-networks share weights; widthkit plugins lists the strategies",
-        **_TRAINING,
+        **_STRATEGY,
     )
     strategy_options: dict[str, Any] = option(
-        {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_TRAINING
+        {}, "Strategy's options", "Option of the strategy; the value is JSON", flag="--strategy-option", **_STRATEGY
     )
     recipe: str = option(
         FOR_FRESH,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widthkit.errors import Option, OptionError
+from widthkit.modules.merging import merge
 from widthkit.modules.models import create_model, takes_argument
 from widthkit.modules.weights import load_weights
 from widthkit.run.config import RunConfig
@@ -41,6 +42,19 @@ def fresh_model(config: RunConfig, data: DataSplits, seed: int, *, trained: bool
     if trained:
         load_trained(model, config)
     return model
+
+
+def plain_model(config: RunConfig, data: DataSplits, seed: int, *, trained: bool = False) -> nn.Module:
+    """Build the model that widths are taken from: the dense model, with its blocks merged where they merge.
+
+    Args:
+        config: Names the model.
+        data: Its classes.
+        seed: Draws the weights.
+        trained: Load the trained weights that the run starts from, if any.
+    """
+    model = fresh_model(config, data, seed, trained=trained)
+    return merge(model).train() if config.merges else model
 
 
 def load_trained(model: nn.Module, config: RunConfig) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from widthkit.graph.space import uniform_space
 from widthkit.latency.slow_layers import is_slow, slow_layers, time_layers
 from widthkit.latency.timing import forward_latency
 from widthkit.run.build import Built
-from widthkit.run.dense import fresh_model, has_trained_weights, input_shape
-from widthkit.run.steps import JUDGED_TOGETHER, supernet_of, train_by
+from widthkit.run.dense import has_trained_weights, input_shape, plain_model
+from widthkit.run.steps import JUDGED_TOGETHER, supernet_at, train_by
 from widthkit.search import SearchResult
 from widthkit.search.resources import Resources, make_searcher
 from widthkit.search.searcher import OneShotSearcher
@@ -121,9 +121,9 @@ def final_network(
     """
     c = built.config
     if inherits(built, widths):
-        slim = export(supernet_of(built, widths), widths)
+        slim = export(supernet_at(built, widths))
     else:
-        slim = export(fresh_model(c, built.data, seed), widths, graph=built.net.graph)
+        slim = export(plain_model(c, built.data, seed), widths, graph=built.net.graph)
     how = built.recipe.final
     train_by(built, how, slim, built.folder.path / "final" / f"{name}-{seed}", seed=seed, teacher=teacher)
     recalibrate(slim, make_loader(built.data.train, how.batch_size, train=False))
@@ -139,7 +139,7 @@ def _compared(
     accuracies, networks = [], []
     for number in range(1 if given else c.seeds):
         if given:
-            slim = fresh_model(c, built.data, c.seed, trained=True)
+            slim = plain_model(c, built.data, c.seed, trained=True)
         else:
             slim = final_network(built, name, widths, c.seed + number, dense if _teaches(built) else None)
         batches = make_loader(built.data.test, JUDGED_TOGETHER, train=False)

@@ -40,7 +40,7 @@ class Stages:
     """The outcome of a search in stages.
 
     Args:
-        result: The last stage's result, in terms of the model as it was given.
+        result: The last stage's result, in terms of the model as it was given; its units are those of :attr:`net`.
         net: The last stage's supernet; the result's weights come from it.
     """
 
@@ -69,7 +69,7 @@ def run_stages(
     result: SearchResult | None = None
     for stage in range(1, plan.stages + 1):
         if result is not None:
-            net = next_supernet(net, rows[-1]["widths"], plan, stage, first, rank)
+            net = next_supernet(net, rows[-1]["widths"], plan, stage, first, rank, rows[-1]["path"])
         train(net, stage)
         budget = plan.budget_at(stage, first.space)
         result = search(net, budget, stage)
@@ -89,6 +89,7 @@ def next_supernet(
     stage: int,
     first: Supernet | None = None,
     rank: Rank | None = None,
+    path: int = 0,
 ) -> Supernet:
     """Return the supernet of a stage: the one before, cut down to the widths that were found, with its weights.
 
@@ -99,9 +100,10 @@ def next_supernet(
         stage: The number of the new stage.
         first: The first stage's supernet, whose model sets limits and relative costs; ``net`` by default.
         rank: Ranks the units that are left.
+        path: Which of the strategy's paths was judged best at these widths; its units are passed on.
     """
     first = first or net
-    model = export(net, dict(widths))
+    model = export(net, dict(widths), path=path)
     _, graph = narrow(net.wide_graph, widths)
     space = plan.space_at(stage, graph, first.space)
     scores = None if rank is None else rank(model, graph)
@@ -121,7 +123,7 @@ def _with_room(result: SearchResult, budget: Budget, following: Budget, graph: C
     chosen = (
         max(larger, key=lambda t: t.score) if larger else max(inside, key=lambda t: following.usage(graph, t.widths))
     )
-    return {"widths": chosen.widths, "score": chosen.score, "macs": chosen.macs, "params": chosen.params}
+    return {name: getattr(chosen, name) for name in ("widths", "path", "score", "macs", "params")}
 
 
 def _row(stage: int, plan: StagePlan, net: Supernet, result: SearchResult) -> dict[str, Any]:
@@ -135,6 +137,7 @@ def _row(stage: int, plan: StagePlan, net: Supernet, result: SearchResult) -> di
         "macs": result.macs,
         "params": result.params,
         "widths": result.widths,
+        "path": result.best.path,
         "remark": result.settings.get("remark"),
     }
 
@@ -187,7 +190,7 @@ def search_in_stages(
             ``rank`` ranks the units at the start of every stage.
 
     Returns:
-        The result and the last supernet: ``export(stages.net, stages.result.widths)``.
+        The result and the last supernet: ``export(stages.net, stages.result)``.
 
     Raises:
         WidthkitError: If an option makes no sense here, or no network fits the budget.

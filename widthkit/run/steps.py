@@ -19,9 +19,10 @@ from torch.utils.data import Subset
 
 from widthkit.budget import Budget
 from widthkit.export import check_same, export, save
+from widthkit.graph import Kept
 from widthkit.graph.plan import kept_units
 from widthkit.run.build import Built, training_data
-from widthkit.run.dense import fresh_model
+from widthkit.run.dense import plain_model
 from widthkit.run.recipe import TrainingRecipe
 from widthkit.run.stages import next_supernet, run_stages
 from widthkit.search import Judging, SearchResult
@@ -113,6 +114,34 @@ def supernet_of(built: Built, widths: Mapping[str, int]) -> Supernet:
     return net
 
 
+def kept_by(built: Built, widths: Mapping[str, int]) -> Kept:
+    """Return the supernet's units for widths: those that the search judged best, if these widths are what it found.
+
+    Other widths come back as they are; they stand for the units of the strategy's first path.
+
+    Args:
+        built: What the run works with.
+        widths: Group name -> width.
+    """
+    file = built.folder.result_file
+    result = SearchResult.load(file) if file.exists() else None
+    return result.units if result is not None and result.units and result.widths == dict(widths) else widths
+
+
+def supernet_at(built: Built, widths: Mapping[str, int]) -> Supernet:
+    """Return the trained supernet with the sub-network of given widths active; :func:`export` makes its network.
+
+    Args:
+        built: What the run works with; its first supernet is trained.
+        widths: Group name -> width.
+    """
+    net = supernet_of(built, widths).set_widths(kept_by(built, widths))
+    if net.merges:
+        # Merging turns running statistics into weights, so they must be these widths' own.
+        recalibrate(net, make_loader(built.data.train, built.recipe.supernet.batch_size, train=False))
+    return net
+
+
 def export_widths(
     built: Built, widths: dict[str, int], path: Path, formats: Sequence[str] = ("safetensors",), **form: Any
 ) -> tuple[Path, ...]:
@@ -130,11 +159,11 @@ def export_widths(
             else than the network; nothing is written then.
     """
     kept_units(built.net.graph, widths)
-    net = supernet_of(built, widths)
-    slim = export(net, widths)
+    net = supernet_at(built, widths)
+    slim = export(net)
     images = torch.stack([built.data.valid[i][0] for i in range(2)])
     # Before recalibration: the supernet's statistics are still the slim network's.
-    same = check_same(net.set_widths(widths), slim, images, name="the slim network")
+    same = check_same(net, slim, images, name="the slim network")
     built.say(f"slim: largest difference from the supernet {same.largest_difference:.2g}")
     recalibrate(slim, make_loader(built.data.train, built.recipe.supernet.batch_size, train=False))
     return save(
@@ -197,7 +226,7 @@ def train_alone(built: Built, widths: Mapping[str, int]) -> float:
         widths: Group name -> width.
     """
     c, graph = built.config, built.net.graph
-    slim = export(fresh_model(c, built.data, c.seed), dict(widths), graph=graph)
+    slim = export(plain_model(c, built.data, c.seed), dict(widths), graph=graph)
     name = hashlib.sha256(json.dumps(dict(widths), sort_keys=True).encode()).hexdigest()[:16]
     out = built.folder.path / "stand-alone" / name
     train_by(built, built.recipe.calibration, slim, out, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -189,8 +190,9 @@ class Evaluator:
         losses = [self._mean([loss for loss, _ in parts]) for parts in paths]
         known = [[top1 for _, top1 in parts if top1 is not None] for parts in paths]
         accuracies = [self._mean(values) for values in known if len(values) == len(self.batches)]
-        score = self._combine([-loss for loss in losses])
-        return Judgement(score, sum(losses) / len(losses), self._combine(accuracies) if accuracies else None)
+        scores = [-loss for loss in losses]
+        found = self._combine(accuracies) if accuracies else None
+        return Judgement(self._combine(scores), sum(losses) / len(losses), found, _best(scores))
 
     def _mean(self, values: Sequence[float]) -> float:
         """Return the mean over examples of values per batch."""
@@ -204,3 +206,9 @@ class Evaluator:
         except (TypeError, ValueError):
             name = type(self.net.strategy).__name__
             raise PluginError(f"strategy {name}: combine() must return a number, not {found!r}") from None
+
+
+def _best(scores: Sequence[float]) -> int:
+    """Return the place of the best score: the first of equal ones; 0 if none is a number."""
+    worth = [-math.inf if math.isnan(score) else score for score in scores]
+    return worth.index(max(worth))

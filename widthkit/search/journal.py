@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Journal:
     >>> path = Path(tempfile.mkdtemp()) / "journal.jsonl"
     >>> Journal(path, "a1").add("widths", Judgement(-0.5, 0.5, None))
     >>> Journal(path, "a1").read()
-    {'widths': Judgement(score=-0.5, loss=0.5, accuracy=None)}
+    {'widths': Judgement(score=-0.5, loss=0.5, accuracy=None, path=0)}
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:
@@ -67,8 +68,7 @@ class Journal:
         """
         if self.path is None:
             return
-        line = {"widths": key, "score": judgement.score, "loss": judgement.loss, "accuracy": judgement.accuracy}
-        self._append(self.path, line)
+        self._append(self.path, {"widths": key, **asdict(judgement)})
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         """Append a line after the last complete one; write the header first if the file is empty."""
@@ -87,5 +87,7 @@ class Journal:
 
 def _entry(line: Mapping[str, Any]) -> tuple[str, Judgement]:
     accuracy = line["accuracy"]
-    judgement = Judgement(float(line["score"]), float(line["loss"]), None if accuracy is None else float(accuracy))
+    accuracy = None if accuracy is None else float(accuracy)
+    # Journals of earlier versions name no path; those versions always took the first one.
+    judgement = Judgement(float(line["score"]), float(line["loss"]), accuracy, int(line.get("path", 0)))
     return str(line["widths"]), judgement

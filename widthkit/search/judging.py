@@ -25,11 +25,13 @@ class Judgement:
             network that was trained on its own.
         loss: Mean loss over examples and paths; NaN for a network that was trained on its own.
         accuracy: Top-1 share in ``[0, 1]``, or ``None`` where outputs are no class scores.
+        path: Which of the strategy's paths has the best score of its own; 0 for a network that was trained on its own.
     """
 
     score: float
     loss: float
     accuracy: float | None
+    path: int = 0
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Loop:
     def trial(self, widths: WidthVector, judgement: Judgement) -> Trial:
         """Join widths, judgement and costs."""
         macs, params = self.graph.macs(widths), self.graph.params(widths)
-        return Trial(widths, judgement.score, judgement.loss, judgement.accuracy, macs, params)
+        return Trial(widths, judgement.score, judgement.loss, judgement.accuracy, macs, params, judgement.path)
 
     def _judged(self, vectors: Sequence[WidthVector], inside: bool) -> Iterator[Trial]:
         """Yield what is known first, then what is judged now, as soon as it is known."""

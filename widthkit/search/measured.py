@@ -19,7 +19,7 @@ _DRIFT = 0.1
 
 def network_of(net: Supernet, widths: Mapping[str, int]) -> nn.Module:
     """Return the dense network of given widths, with the supernet's weights."""
-    return apply_plan(net.model, net.plan(net.units(widths)))
+    return apply_plan(net.whole(), net.plan(net.units(widths)))
 
 
 def measure_result(net: Supernet, budget: Budget, widths: Mapping[str, int]) -> list[dict[str, Any]]:

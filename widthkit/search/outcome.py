@@ -85,6 +85,7 @@ def make_result(
             "space_size": str(net.space.size),
             "limits": [{"kind": limit.kind, "value": limit.value} for limit in budget.limits],
         },
+        units={name: units.tolist() for name, units in net.units(best.widths, best.path).items()},
     )
 
 

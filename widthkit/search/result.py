@@ -18,7 +18,17 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Trial:
-    """One judged width vector."""
+    """One judged width vector; ``export(net, trial)`` makes its network.
+
+    Args:
+        widths: Group name -> width.
+        score: What searchers maximise.
+        loss: Mean loss over examples and paths.
+        accuracy: In the supernet, where there is one.
+        macs: Per example.
+        params: Of the network.
+        path: Which of the strategy's paths was judged best; 0 in results of earlier versions, which did not say.
+    """
 
     widths: dict[str, int]
     score: float
@@ -26,6 +36,7 @@ class Trial:
     accuracy: float | None
     macs: int
     params: int
+    path: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class SearchResult:
         settings: What else the run was made with.
         measured: One row per memory or latency bound: predicted and measured.
         notes: What people should know about the result.
+        units: Group name -> the supernet's units that were judged best for these widths, ascending;
+            ``export(net, result)`` takes them. Empty in results of earlier versions.
     """
 
     widths: dict[str, int]
@@ -61,6 +74,12 @@ class SearchResult:
     settings: dict[str, Any] = field(default_factory=dict)
     measured: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    units: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Trial:
+        """The trial that the result is."""
+        return next(trial for trial in self.trials if trial.widths == self.widths)
 
     @property
     def pareto(self) -> list[Trial]:

@@ -65,8 +65,7 @@ def search(
         budget: ``"0.5x"``, ``"2.0GMACs"``, ``"3.1Mparams"``, ``"12MB"``, ``"1.8ms@cpu"``, or several; see
             :func:`widthkit.budget.parse_budget`.
         searcher: Name of a registered searcher; by default the one that the installed plug-ins mark as default. A
-            supernet whose strategy chooses widths in training needs none: its widths are judged once and returned, and
-            ``settings["units"]`` names the units.
+            supernet whose strategy chooses widths in training needs none: its widths are judged once and returned.
         loss: The criterion, ``(outputs, targets) -> scalar``; cross entropy by default. It gets the batch's inputs too
             if it has a parameter named ``inputs``.
         seed: Seeds the searcher.
@@ -80,6 +79,9 @@ def search(
             process inside; an ``Accelerator``, ``DistributedDataParallel`` or collectives of your own would see all of
             them and must not be used there.
         **options: Options of the searcher.
+
+    Returns:
+        The result; ``export(net, result)`` makes its network, of the units that were judged best.
 
     Raises:
         BudgetError: If even the narrowest network exceeds the budget, or the widths that training chose do.
@@ -138,9 +140,7 @@ def _judge_chosen(net: Supernet, budget: Budget, judge: Evaluator, settings: dic
     assert chosen is not None
     widths = {name: len(units) for name, units in chosen.items()}
     trial = Loop(net.graph, judge.judge_many).trial(widths, judge(widths))
-    result = make_result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
-    result.settings["units"] = {name: units.tolist() for name, units in chosen.items()}
-    return result
+    return make_result(net, budget, [trial], {**settings, "searcher": "training", "options": {}})
 
 
 def _make_loop(

@@ -108,6 +108,10 @@ class Strategy(ABC):
         """Return the units that training has chosen; ``None`` if widths are searched after training."""
         return None
 
+    def after_update(self, net: Supernet) -> None:
+        """Follow an update: called after the optimiser has changed the weights; by default nothing happens."""
+        return
+
     def end_epoch(self, net: Supernet) -> dict[str, float]:
         """Return figures to show and keep with the epoch that has just ended."""
         return {}

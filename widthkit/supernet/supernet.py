@@ -216,6 +216,10 @@ class Supernet(nn.Module):
         """
         self.width_history.record(widths, loss)
 
+    def after_update(self) -> None:
+        """Let the strategy follow an update of the weights; a training loop of your own calls this after each one."""
+        self.strategy.after_update(self)
+
     def end_epoch(self) -> dict[str, float]:
         """Return the strategy's figures of the epoch that has just ended."""
         return self.strategy.end_epoch(self)

@@ -62,6 +62,7 @@ class StrategyConformance(UnitTests, TrainingTests):
         """A module or nothing, units or nothing, figures that a history can hold."""
         net = build_net(strategy)
         net.train_step(make_step())
+        net.after_update()
         assert net.policy is None or isinstance(net.policy, torch.nn.Module)
         assert all(isinstance(value, float) for value in net.end_epoch().values())
         assert isinstance(strategy.for_budget("0.5x"), type(strategy))

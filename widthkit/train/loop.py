@@ -27,7 +27,7 @@ from widthkit.train.runfile import RunFiles
 from widthkit.train.settings import TrainSettings, loader_length
 from widthkit.train.shards import seeded_order, shard
 from widthkit.train.state import TrainingState
-from widthkit.train.step import EndsEpochs, StepContext, TrainsItself, plain_step
+from widthkit.train.step import EndsEpochs, FollowsUpdates, StepContext, TrainsItself, plain_step
 
 Listener = Callable[[dict[str, float]], None]
 
@@ -197,6 +197,8 @@ class Trainer(TrainingState):
                     parameter.grad /= self._waiting
         parallel.average_gradients(self.parameters)
         self.precision.update(self.optimizer, self.parameters, self.settings.clip_grad)
+        if isinstance(self.net, FollowsUpdates):
+            self.net.after_update()
         if self.average is not None:
             self.average.update(self.net)
         self.updates += 1

@@ -79,6 +79,14 @@ class EndsEpochs(Protocol):
 
 
 @runtime_checkable
+class FollowsUpdates(Protocol):
+    """A network that does something of its own after every update of its weights."""
+
+    def after_update(self) -> None:
+        """Follow the update that the optimiser has just made."""
+
+
+@runtime_checkable
 class TrainsModel(TrainsItself, Protocol):
     """A network that trains itself by running a model that it holds."""
 
