@@ -80,7 +80,7 @@ def _parameter(option: RunOption) -> inspect.Parameter:
 
 
 def _default(option: RunOption) -> str:
-    """Write an option's default for the help, as rich's markup; Typer gets none, so that only what a user gives is passed on."""
+    """Write an option's default for the help, as markup of rich; Typer gets none and passes on what a user gives."""
     try:
         value = option.default
     except PluginError:
