@@ -109,7 +109,7 @@ class Candidate:
         """Group the components of :meth:`solve`."""
         solved = self.solve()
         if self._units is None or self._units[0] is not solved:
-            self._units = solved, group_units(self.model, self.tensor_labels, solved)
+            self._units = solved, group_units(self.model, self.tensor_labels, solved, self.recording.cuts)
         return self._units[1]
 
 

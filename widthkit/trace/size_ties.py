@@ -9,20 +9,28 @@ import numpy.typing as npt
 
 from widthkit.trace.components import connect, solve
 from widthkit.trace.labels import Alternative, Labels
-from widthkit.trace.recording import AttributeRecord, Recording
-from widthkit.trace.size_uses import SizeUse
+from widthkit.trace.recording import AttributeRecord, Recording, SizeUse
 from widthkit.trace.sizes import AttributeSource, ComputedSource, DimSource, Source
 
 _UsesByAttribute = dict[AttributeSource, list[SizeUse]]
 
 
-def tie_sizes(recording: Recording, uses: Sequence[SizeUse]) -> None:
+def freeze_fixed_sizes(recording: Recording) -> None:
+    """Freeze what a plain integer cuts off a dim: the cut stays where it is at every width."""
+    for use in recording.size_uses:
+        if isinstance(use.source, int) and use.labels is not None:
+            reason = f"{use.where or 'model'}: its {use.source} positions are cut off by a number that no width changes"
+            recording.store.freeze(use.labels, reason)
+
+
+def tie_sizes(recording: Recording) -> None:
     """Let attributes follow what they count, and tie dims whose sizes Python computes from one another.
 
     Skip sizes that already agree, which most do: ``x.view(B, C, -1)``. Dims counted by one attribute are tied; if it
     also sizes a fixed dim, they freeze. A new tie may change which alternatives the solver takes. So uses that tied
     nothing are looked at again, until a pass ties nothing.
     """
+    uses = recording.size_uses
     by_attribute = _by_attribute(recording, uses)
     _follow(recording, by_attribute)
     untied = [use for use in uses if not isinstance(use.source, AttributeSource)]

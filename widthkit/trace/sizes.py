@@ -3,8 +3,9 @@
 Models compute sizes in Python: ``B, N, C = x.shape`` and ``x.view(B, N, self.num_heads, C // self.num_heads)``. No
 operator sees this arithmetic. During the first run the integer attributes of modules and the entries of ``x.shape``
 are therefore :class:`TracedInt`: integers with a *source*. The source names the attribute or the labels that the value
-stands for, and survives sums, differences, products and quotients. Where such an integer is used as the size of a
-labelled dim, a :class:`widthkit.trace.size_uses.SizeUse` is recorded.
+stands for, and survives sums, differences, products, quotients, remainders and shifts. Where such an integer is used as
+the size of a labelled dim, a :class:`widthkit.trace.size_uses.SizeUse` is recorded. Where it is compared, the answer is
+a :class:`Comparison`: control flow may depend on it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class DimSource:
 
 @dataclass(frozen=True, eq=False)
 class ComputedSource:
-    """The result of an operation (``"add"``, ``"sub"``, ``"mul"`` or ``"floordiv"``)."""
+    """The result of an operation, one of :data:`ARITHMETIC`."""
 
     kind: str
     left: Source | int
@@ -45,18 +46,75 @@ class ComputedSource:
 
 
 Source = AttributeSource | DimSource | ComputedSource
+ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+}
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a comparison of sizes answered in the first run.
+
+    Args:
+        kind: One of :data:`COMPARISONS`.
+        left: Where the left side comes from.
+        right: Where the right side comes from.
+        answer: What it answered.
+        path: The module that asked.
+    """
+
+    kind: str
+    left: Source | int
+    right: Source | int
+    answer: bool
+    path: str = ""
+
+
+Asked = Callable[[Comparison], None]
+"""Is told every comparison."""
 
 
 class TracedInt(int):
-    """An integer with a source; arithmetic with other integers gives traced integers."""
+    """An integer with a source; arithmetic with other integers gives traced integers.
+
+    Args:
+        value: The value.
+        source: Where it comes from.
+        asked: Is told what the integer is compared with.
+    """
 
     source: Source
+    asked: Asked
 
-    def __new__(cls, value: int, source: Source) -> TracedInt:
+    def __new__(cls, value: int, source: Source, asked: Asked) -> TracedInt:
         """Make a traced integer."""
         traced = super().__new__(cls, value)
         traced.source = source
+        traced.asked = asked
         return traced
+
+    def __bool__(self) -> bool:
+        """Compare with zero."""
+        return bool(self != 0)
+
+    def __neg__(self) -> Any:
+        return 0 - self
+
+    def __rshift__(self, bits: Any) -> Any:
+        return self // (1 << int(bits)) if isinstance(bits, int) and bits >= 0 else NotImplemented
+
+    def __lshift__(self, bits: Any) -> Any:
+        return self * (1 << int(bits)) if isinstance(bits, int) and bits >= 0 else NotImplemented
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
 
     def __hash__(self) -> int:
         return int.__hash__(self)
@@ -71,24 +129,33 @@ def source_of(value: Any) -> Source | int:
     return value.source if isinstance(value, TracedInt) else int(value)
 
 
-def _arithmetic(kind: str, function: Callable[[int, int], int], swapped: bool) -> Callable[[TracedInt, Any], Any]:
+def _arithmetic(kind: str, swapped: bool) -> Callable[[TracedInt, Any], Any]:
     def combine(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             return NotImplemented
         a, b = (other, self) if swapped else (self, other)
-        return TracedInt(function(int(a), int(b)), ComputedSource(kind, source_of(a), source_of(b)))
+        value = ARITHMETIC[kind](int(a), int(b))
+        return TracedInt(value, ComputedSource(kind, source_of(a), source_of(b)), self.asked)
 
     return combine
 
 
-for _kind, _function in (
-    ("add", operator.add),
-    ("sub", operator.sub),
-    ("mul", operator.mul),
-    ("floordiv", operator.floordiv),
-):
-    setattr(TracedInt, f"__{_kind}__", _arithmetic(_kind, _function, False))
-    setattr(TracedInt, f"__r{_kind}__", _arithmetic(_kind, _function, True))
+def _comparison(kind: str) -> Callable[[TracedInt, Any], Any]:
+    def compare(self: TracedInt, other: Any) -> Any:
+        if not isinstance(other, int):
+            return COMPARISONS[kind](int(self), other)
+        answer = bool(COMPARISONS[kind](int(self), int(other)))
+        self.asked(Comparison(kind, self.source, source_of(other), answer))
+        return answer
+
+    return compare
+
+
+for _kind in ARITHMETIC:
+    setattr(TracedInt, f"__{_kind}__", _arithmetic(_kind, False))
+    setattr(TracedInt, f"__r{_kind}__", _arithmetic(_kind, True))
+for _kind in COMPARISONS:
+    setattr(TracedInt, f"__{_kind}__", _comparison(_kind))
 
 
 _GEOMETRY = {"kernel_size", "stride", "padding", "dilation", "output_padding", "output_size"}
@@ -112,11 +179,12 @@ def _may_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
-def install_traced_ints(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def install_traced_ints(model: nn.Module, asked: Asked) -> list[tuple[nn.Module, str, Any]]:
     """Replace the integer attributes of all modules by traced integers.
 
     Args:
         model: A copy that the tracer may change.
+        asked: Is told what they are compared with.
 
     Returns:
         ``(module, attribute, old value)`` of everything that was replaced.
@@ -128,10 +196,11 @@ def install_traced_ints(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             value = table[name]
             replaced.append((module, name, value))
             if isinstance(value, int):
-                table[name] = TracedInt(value, AttributeSource(path, name, None))
+                table[name] = TracedInt(value, AttributeSource(path, name, None), asked)
             else:
                 items = [
-                    TracedInt(v, AttributeSource(path, name, i)) if _may_count(v) else v for i, v in enumerate(value)
+                    TracedInt(v, AttributeSource(path, name, i), asked) if _may_count(v) else v
+                    for i, v in enumerate(value)
                 ]
                 table[name] = type(value)(items)
     return replaced
