@@ -135,22 +135,30 @@ def check(
     first_calls = candidate.recording.calls
 
     def mismatch(path: str, why: str, components: frozenset[int] = frozenset()) -> Mismatch:
-        call = first_divergence(first_calls, recording.calls, solved.unit, expected)
-        if call < len(recording.calls):
-            return Mismatch(first_calls[call].path, why, components, call)
-        return Mismatch(path, why, components, call if call < len(first_calls) else _AFTER_ALL_CALLS)
+        found = first_divergence(first_calls, recording.calls, solved.unit, expected)
+        if found.why:
+            at = first_calls[min(found.call, len(first_calls) - 1)].path
+            return Mismatch(at, why if raised else found.why, components or found.components, found.call)
+        return Mismatch(path, why, components, found.call if found.call < len(first_calls) else _AFTER_ALL_CALLS)
 
+    raised = True
     try:
         slim = apply_plan(candidate.model, plan)
         _label_shrunk(slim, candidate, solved, plan, recording)
         outputs = record(slim, candidate.inputs, recording, stack, fake_values=candidate.fake_values)
     except Exception as error:
         return mismatch(stack[-1][0] if stack else "", f"{type(error).__name__}: {_first_line(error)}")
+    raised = False
     shapes = [tuple(t.shape) for t in flat_tensors((outputs,))]
     if shapes != candidate.output_shapes and not candidate.free_outputs:
         return mismatch("", f"the output has shape {shapes} instead of {candidate.output_shapes}")
     conflict = first_conflict(recording, n, expected)
-    return None if conflict is None else mismatch(conflict.path, conflict.why, conflict.components)
+    if conflict is not None:
+        return mismatch(conflict.path, conflict.why, conflict.components)
+    differs = first_divergence(first_calls, recording.calls, solved.unit, expected).why
+    if not differs and len(recording.calls) < len(first_calls):
+        differs = "fewer operators run at smaller widths"
+    return mismatch("", differs) if differs else None
 
 
 def _label_shrunk(slim: nn.Module, candidate: Candidate, solved: Components, plan: Plan, recording: Recording) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from widthkit.trace.labels import Dims, Labels, LabelStore
-from widthkit.trace.sizes import Comparison, Source
+from widthkit.trace.sizes import Comparison, Source, Untraced
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Recording:
         cuts: Labels of the parts that operators cut off a dim.
         size_uses: Where integers from Python became sizes; filled in the first run only.
         comparisons: Comparisons of sizes in the model's own code; filled in the first run only.
+        untraced: Sizes that went into a float or through ``int`` there.
         counting_arguments: Arguments of the function that runs now which count channels (``groups``,
             ``normalized_shape``...); filled in the first run only.
         kept_alive: Every tensor of the run. Python gives the ``id`` of a deleted tensor to a new one, which would
@@ -104,6 +105,7 @@ class Recording:
     cuts: list[Labels] = field(default_factory=list)
     size_uses: list[SizeUse] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    untraced: list[Untraced] = field(default_factory=list)
     counting_arguments: dict[str, Any] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,34 @@ _UsesByAttribute = dict[AttributeSource, list[SizeUse]]
 
 
 def freeze_fixed_sizes(recording: Recording) -> None:
-    """Freeze what a plain integer cuts off a dim: the cut stays where it is at every width."""
+    """Freeze what a plain integer cuts off a dim: the cut stays where it is at every width.
+
+    The integer may also be computed from a size in ways that are not followed, such as ``int(c * 0.5)``. Where a module
+    does such arithmetic and cuts at plain integers, that size is frozen as well.
+    """
+    places = set()
     for use in recording.size_uses:
         if isinstance(use.source, int) and use.labels is not None:
-            reason = f"{use.where or 'model'}: its {use.source} positions are cut off by a number that no width changes"
-            recording.store.freeze(use.labels, reason)
+            where = use.where or "model"
+            recording.store.freeze(use.labels, f"{where}: {use.source} positions are cut off, a number that stays")
+            places.add(use.where)
+    counted = {AttributeSource(*record.key): record.labels for record in recording.attributes}
+    for untraced in recording.untraced:
+        if untraced.path in places:
+            for labels in _labels_within(untraced.source, counted):
+                recording.store.freeze(labels, f"{untraced.path or 'model'}: cuts at numbers computed from this size")
+
+
+def _labels_within(source: Source | int, counted: Mapping[AttributeSource, Labels]) -> Iterator[Labels]:
+    """Yield all labels that a source depends on."""
+    if isinstance(source, DimSource):
+        yield source.labels
+    elif isinstance(source, AttributeSource):
+        if source in counted:
+            yield counted[source]
+    elif isinstance(source, ComputedSource):
+        yield from _labels_within(source.left, counted)
+        yield from _labels_within(source.right, counted)
 
 
 def tie_sizes(recording: Recording) -> None:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.labels import Labels
 from widthkit.trace.recording import Recording, SizeUse
-from widthkit.trace.sizes import Comparison, ComputedSource, DimSource, Source, TracedInt, source_of
+from widthkit.trace.sizes import Comparison, ComputedSource, DimSource, Source, TracedInt, Untraced, source_of
 
 
 @dataclass
@@ -34,11 +34,15 @@ class SizeUseRecorder(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def asked(self, comparison: Comparison) -> None:
-        """Record a comparison of sizes in the model's own code, not in torch's layers."""
+    def watch(self, event: Comparison | Untraced) -> None:
+        """Record what the model's own code, not torch's, does with a traced integer."""
         path, module = self.stack[-1] if self.stack else ("", None)
-        if not self.inside and not type(module).__module__.startswith("torch.nn."):
-            self.recording.comparisons.append(replace(comparison, path=path))
+        if self.inside or type(module).__module__.startswith("torch.nn."):
+            return
+        if isinstance(event, Comparison):
+            self.recording.comparisons.append(replace(event, path=path))
+        else:
+            self.recording.untraced.append(replace(event, path=path))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, then record which of its integers are sizes."""
@@ -74,7 +78,7 @@ class SizeUseRecorder(TorchFunctionMode):
         if all(labels is None for labels in dims):
             return shape
         pairs = zip(shape, dims, strict=True)
-        return torch.Size([n if labels is None else TracedInt(n, DimSource(labels), self.asked) for n, labels in pairs])
+        return torch.Size([n if labels is None else TracedInt(n, DimSource(labels), self.watch) for n, labels in pairs])
 
     def _size(self, args: Any, kwargs: Any, out: Any) -> Any:
         if not isinstance(args[0], Tensor):
@@ -83,7 +87,7 @@ class SizeUseRecorder(TorchFunctionMode):
             return self._shape(args[0], out)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         labels = self.recording.dims_of(args[0])[dim] if isinstance(dim, int) else None
-        return out if labels is None else TracedInt(out, DimSource(labels), self.asked)
+        return out if labels is None else TracedInt(out, DimSource(labels), self.watch)
 
     def record_size(self, value: Any, labels: Labels | None, size: int) -> None:
         """Record that an integer is the size of a dim."""

@@ -77,8 +77,21 @@ class Comparison:
     path: str = ""
 
 
-Asked = Callable[[Comparison], None]
-"""Is told every comparison."""
+@dataclass(frozen=True, eq=False)
+class Untraced:
+    """A size went where it cannot be followed: into a float, or through ``int``.
+
+    Args:
+        source: Where the size comes from.
+        path: The module that did it.
+    """
+
+    source: Source
+    path: str = ""
+
+
+Watcher = Callable[["Comparison | Untraced"], None]
+"""Is told what the model does with a traced integer besides arithmetic that is followed."""
 
 
 class TracedInt(int):
@@ -87,17 +100,17 @@ class TracedInt(int):
     Args:
         value: The value.
         source: Where it comes from.
-        asked: Is told what the integer is compared with.
+        watcher: Is told what happens to the integer.
     """
 
     source: Source
-    asked: Asked
+    watcher: Watcher
 
-    def __new__(cls, value: int, source: Source, asked: Asked) -> TracedInt:
+    def __new__(cls, value: int, source: Source, watcher: Watcher) -> TracedInt:
         """Make a traced integer."""
         traced = super().__new__(cls, value)
         traced.source = source
-        traced.asked = asked
+        traced.watcher = watcher
         return traced
 
     def __bool__(self) -> bool:
@@ -108,10 +121,10 @@ class TracedInt(int):
         return 0 - self
 
     def __rshift__(self, bits: Any) -> Any:
-        return self // (1 << int(bits)) if isinstance(bits, int) and bits >= 0 else NotImplemented
+        return self // (1 << plain(bits)) if isinstance(bits, int) and bits >= 0 else NotImplemented
 
     def __lshift__(self, bits: Any) -> Any:
-        return self * (1 << int(bits)) if isinstance(bits, int) and bits >= 0 else NotImplemented
+        return self * (1 << plain(bits)) if isinstance(bits, int) and bits >= 0 else NotImplemented
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -121,7 +134,7 @@ class TracedInt(int):
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         """Copy and pickle as a plain integer."""
-        return int, (int(self),)
+        return int, (plain(self),)
 
 
 def source_of(value: Any) -> Source | int:
@@ -129,23 +142,39 @@ def source_of(value: Any) -> Source | int:
     return value.source if isinstance(value, TracedInt) else int(value)
 
 
+def plain(value: int) -> int:
+    """Return the value of a traced integer; ``int`` would count as a use by the model."""
+    return int.__int__(value)
+
+
 def _arithmetic(kind: str, swapped: bool) -> Callable[[TracedInt, Any], Any]:
     def combine(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
+            self.watcher(Untraced(self.source))
             return NotImplemented
         a, b = (other, self) if swapped else (self, other)
-        value = ARITHMETIC[kind](int(a), int(b))
-        return TracedInt(value, ComputedSource(kind, source_of(a), source_of(b)), self.asked)
+        value = ARITHMETIC[kind](plain(a), plain(b))
+        return TracedInt(value, ComputedSource(kind, source_of(a), source_of(b)), self.watcher)
 
     return combine
+
+
+def _untraced(name: str) -> Callable[..., Any]:
+    method = getattr(int, name)
+
+    def leave(self: TracedInt, *args: Any) -> Any:
+        self.watcher(Untraced(self.source))
+        return method(self, *args)
+
+    return leave
 
 
 def _comparison(kind: str) -> Callable[[TracedInt, Any], Any]:
     def compare(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int):
-            return COMPARISONS[kind](int(self), other)
-        answer = bool(COMPARISONS[kind](int(self), int(other)))
-        self.asked(Comparison(kind, self.source, source_of(other), answer))
+            return COMPARISONS[kind](plain(self), other)
+        answer = bool(COMPARISONS[kind](plain(self), plain(other)))
+        self.watcher(Comparison(kind, self.source, source_of(other), answer))
         return answer
 
     return compare
@@ -154,6 +183,8 @@ def _comparison(kind: str) -> Callable[[TracedInt, Any], Any]:
 for _kind in ARITHMETIC:
     setattr(TracedInt, f"__{_kind}__", _arithmetic(_kind, False))
     setattr(TracedInt, f"__r{_kind}__", _arithmetic(_kind, True))
+for _name in ("truediv", "rtruediv", "pow", "rpow", "int", "float", "trunc", "floor", "ceil", "round"):
+    setattr(TracedInt, f"__{_name}__", _untraced(f"__{_name}__"))
 for _kind in COMPARISONS:
     setattr(TracedInt, f"__{_kind}__", _comparison(_kind))
 
@@ -179,12 +210,12 @@ def _may_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
-def install_traced_ints(model: nn.Module, asked: Asked) -> list[tuple[nn.Module, str, Any]]:
+def install_traced_ints(model: nn.Module, watcher: Watcher) -> list[tuple[nn.Module, str, Any]]:
     """Replace the integer attributes of all modules by traced integers.
 
     Args:
         model: A copy that the tracer may change.
-        asked: Is told what they are compared with.
+        watcher: Is told what happens to them.
 
     Returns:
         ``(module, attribute, old value)`` of everything that was replaced.
@@ -196,10 +227,10 @@ def install_traced_ints(model: nn.Module, asked: Asked) -> list[tuple[nn.Module,
             value = table[name]
             replaced.append((module, name, value))
             if isinstance(value, int):
-                table[name] = TracedInt(value, AttributeSource(path, name, None), asked)
+                table[name] = TracedInt(value, AttributeSource(path, name, None), watcher)
             else:
                 items = [
-                    TracedInt(v, AttributeSource(path, name, i), asked) if _may_count(v) else v
+                    TracedInt(v, AttributeSource(path, name, i), watcher) if _may_count(v) else v
                     for i, v in enumerate(value)
                 ]
                 table[name] = type(value)(items)

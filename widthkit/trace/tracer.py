@@ -169,7 +169,7 @@ def _run_with_traced_ints(
     """Run a copy whose integer attributes are traced integers; return its outputs."""
     stack: Stack = []
     recorder = SizeUseRecorder(recording, stack)
-    replaced = install_traced_ints(model, recorder.asked)
+    replaced = install_traced_ints(model, recorder.watch)
     # Some models replace their buffers while they run (tables for the image size). The copy gets its own back.
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
