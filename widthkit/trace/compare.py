@@ -60,26 +60,53 @@ class ExpectedSizes:
                     kept[solved.unit[np.delete(labels, index)]] = False
         return cls(kept, owned, free)
 
-    def agrees(self, before: Labels | int, after: Labels | int, unit: Labels) -> bool:
+    def agrees(self, before: Labels | int, after: Labels | int, reference: Reference) -> bool:
         """Whether a dim of the shrunk model holds the components that should remain of it; order does not matter here.
 
         Args:
-            before: The labels or size of the dim in the first run.
+            before: The labels or size of the dim in the reference.
             after: Those in the second run, where label ``c + 1`` is component ``c`` of the first.
-            unit: ``[labels]``; the component of every label of the first run.
+            reference: What the second run is compared with.
         """
         if isinstance(before, int):
             return before == (after if isinstance(after, int) else len(after))
-        components = unit[before]
-        if not self.owned[components].all():
+        components = reference.component[before]
+        if (components < 0).any() or not self.owned[components].all():
             return True  # the model's tensors do not say what should remain
         remaining = components[self.kept[components]]
         if isinstance(after, int) or len(after) != len(remaining):
             return len(remaining) == (after if isinstance(after, int) else len(after))
-        found = np.where(after == CONSTANT, unit[CONSTANT], after - 1)
+        found = np.where(after == CONSTANT, reference.component[CONSTANT], after - 1)
         if (found >= len(self.kept)).any() or np.array_equal(found, remaining):
             return True
         return np.array_equal(np.sort(found), np.sort(remaining))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run of the model at full width that shrunk copies are compared with.
+
+    Args:
+        calls: Its calls.
+        component: ``[labels]``; the component of the first run that every label of this run stands for, or -1.
+    """
+
+    calls: Sequence[TracedCall]
+    component: Labels
+
+    @classmethod
+    def repeated(cls, recording: Recording, n: int, constant: int) -> Reference:
+        """Take a repeated run, in which label ``c + 1`` is component ``c`` of the first.
+
+        Args:
+            recording: That run.
+            n: How many labels came from the first run, the constant included.
+            constant: The component of the constant.
+        """
+        component = np.full(recording.store.size, -1, dtype=np.int64)
+        component[1:n] = np.arange(n - 1)
+        component[CONSTANT] = constant
+        return cls(recording.calls, component)
 
 
 @dataclass(frozen=True)
@@ -97,45 +124,43 @@ class Divergence:
     components: frozenset[int] = frozenset()
 
 
-def first_divergence(
-    first: Sequence[TracedCall], second: Sequence[TracedCall], unit: Labels, expected: ExpectedSizes
-) -> Divergence:
+def first_divergence(reference: Reference, second: Sequence[TracedCall], expected: ExpectedSizes) -> Divergence:
     """Return the first call that differs: another operator, or a result of other channels than those that remain.
 
     A call that raised is not recorded. So where all recorded calls are right, the answer is the number of calls of the
     second run.
 
     Args:
-        first: Calls of the first run.
+        reference: A run at full width.
         second: Calls of the shrunk model's run.
-        unit: ``[labels]``; the component of every label of the first run.
         expected: What should remain.
     """
     right: set[tuple[int, int]] = set()
-    for number, (a, b) in enumerate(zip(first, second, strict=False)):
+    for number, (a, b) in enumerate(zip(reference.calls, second, strict=False)):
+        name = a.func.overloadpacket.__name__
         if a.func.overloadpacket is not b.func.overloadpacket or len(a.sizes) != len(b.sizes):
-            names = f"'{b.func.overloadpacket.__name__}' instead of '{a.func.overloadpacket.__name__}'"
-            return Divergence(number, f"which operators run depends on widths: {names}")
+            other = b.func.overloadpacket.__name__
+            return Divergence(number, f"which operators run depends on widths: '{other}' instead of '{name}'")
         for before, after in zip(a.sizes, b.sizes, strict=True):
             if len(before) != len(after):
-                return Divergence(number, f"the shape of '{a.func.overloadpacket.__name__}' depends on widths")
+                return Divergence(number, f"the number of dims of '{name}' depends on widths")
             for old, new in zip(before, after, strict=True):
                 key = id(old), id(new)
                 if isinstance(old, int) or key not in right:
-                    if not expected.agrees(old, new, unit):
-                        what = f"'{a.func.overloadpacket.__name__}' picks other channels at smaller widths"
-                        return Divergence(number, what, _free(old, unit, expected))
+                    if not expected.agrees(old, new, reference):
+                        what = f"'{name}' does not pick the channels that remain when others are dropped"
+                        return Divergence(number, what, _free(old, reference, expected))
                     right.add(key)
-    if len(second) > len(first):
-        return Divergence(len(first), "more operators run at smaller widths")
+    if len(second) > len(reference.calls):
+        return Divergence(len(reference.calls), "more operators run at smaller widths")
     return Divergence(len(second))
 
 
-def _free(labels: Labels | int, unit: Labels, expected: ExpectedSizes) -> frozenset[int]:
+def _free(labels: Labels | int, reference: Reference, expected: ExpectedSizes) -> frozenset[int]:
     """Return the free components among some labels."""
     if isinstance(labels, int):
         return frozenset()
-    components = unit[labels]
+    components = reference.component[labels]
     return frozenset(components[expected.free[components]].tolist())
 
 

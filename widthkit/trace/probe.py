@@ -13,6 +13,7 @@ from collections.abc import Callable
 from widthkit.errors import Option, TraceError
 from widthkit.graph import ChannelGraph, ChannelGroup
 from widthkit.trace.candidate import N_SHRUNK_COPIES, Candidate, Mismatch, check
+from widthkit.trace.claims import Claims
 from widthkit.trace.components import Components
 from widthkit.trace.labels import Labels
 from widthkit.trace.repair import repair
@@ -29,9 +30,12 @@ def probe(candidate: Candidate, *, max_mismatches: int = 400) -> ChannelGraph:
         TraceError: If the shrunk model does not run whatever is frozen.
     """
     mismatch = None
+    harmless: set[int] = set()
     for _ in range(max_mismatches):
         graph, solved = candidate.build()
         found = _first_mismatch(candidate, graph, solved)
+        if found is None:
+            found = _failing_claim(candidate, graph, solved, harmless)
         if found is None:
             return graph
         copy_index, mismatch = found
@@ -56,9 +60,34 @@ def _first_mismatch(candidate: Candidate, graph: ChannelGraph, solved: Component
     return None
 
 
+def _failing_claim(
+    candidate: Candidate, graph: ChannelGraph, solved: Components, harmless: set[int]
+) -> tuple[int, Mismatch] | None:
+    """Look for widths at which Python computes or decides something else, and run a copy of these widths.
+
+    Args:
+        candidate: The first run.
+        graph: A graph that all shrunk copies agree with.
+        solved: Its components.
+        harmless: Numbers of claims that may fail, since the model runs there as expected; extended in place.
+    """
+    if not graph.group_names:
+        return None
+    claims = Claims(candidate.recording, candidate.attribute_records(), graph, solved, candidate.units())
+    while True:
+        found = claims.witness(harmless)
+        if found is None:
+            return None
+        candidate.witness, number = found
+        mismatch = check(candidate, graph, solved, graph.group_names, N_SHRUNK_COPIES)
+        if mismatch is not None:
+            return N_SHRUNK_COPIES, mismatch
+        harmless.add(number)
+
+
 def _freeze(candidate: Candidate, graph: ChannelGraph, solved: Components, mismatch: Mismatch, copy_index: int) -> None:
     """Freeze the fewest groups that remove the mismatch; groups of the failing module are tried first."""
-    what = mismatch.why if mismatch.components else f"the shrunk model does not run ({mismatch.why})"
+    what = f"the shrunk model does not run ({mismatch.why})" if mismatch.raised else mismatch.why
     all_groups = list(graph.group_names)
 
     def removes_mismatch(frozen: set[str]) -> bool:

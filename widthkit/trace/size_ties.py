@@ -203,4 +203,6 @@ def _value_of(source: Source | int, by_attribute: _UsesByAttribute) -> int | Non
     if isinstance(source, int):
         return source
     labels = _labels_of(source, by_attribute)
-    return None if labels is None else len(labels)
+    if labels is None:
+        return source.value if isinstance(source, AttributeSource) else None
+    return len(labels)

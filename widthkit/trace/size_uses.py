@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -58,6 +59,8 @@ class SizeUseRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "size":
             return self._size(args, kwargs, func(*args, **kwargs))
+        if name in ("numel", "nelement") and isinstance(args[0], Tensor):
+            return math.prod(self._shape(args[0], args[0].shape), start=1) if args[0].ndim else func(*args)
         if name in _PYTHON_FUNCTIONS and isinstance(func, FunctionType):
             with self:
                 return _without_overrides(func)(*args, **kwargs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,11 +22,12 @@ from widthkit.trace.labels import Labels
 
 @dataclass(frozen=True)
 class AttributeSource:
-    """An integer attribute of a module, or one element of a tuple or list."""
+    """An integer attribute of a module, or one element of a tuple or list; ``value`` is what it was in the first run."""
 
     path: str
     name: str
     element: int | None
+    value: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,10 +228,10 @@ def install_traced_ints(model: nn.Module, watcher: Watcher) -> list[tuple[nn.Mod
             value = table[name]
             replaced.append((module, name, value))
             if isinstance(value, int):
-                table[name] = TracedInt(value, AttributeSource(path, name, None), watcher)
+                table[name] = TracedInt(value, AttributeSource(path, name, None, value), watcher)
             else:
                 items = [
-                    TracedInt(v, AttributeSource(path, name, i), watcher) if _may_count(v) else v
+                    TracedInt(v, AttributeSource(path, name, i, v), watcher) if _may_count(v) else v
                     for i, v in enumerate(value)
                 ]
                 table[name] = type(value)(items)
