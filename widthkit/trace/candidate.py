@@ -17,7 +17,7 @@ from widthkit.trace.compare import ExpectedSizes, Reference, first_conflict, fir
 from widthkit.trace.components import Components, solve
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.inputs import Inputs
-from widthkit.trace.labels import CONSTANT, Labels, LabelStore
+from widthkit.trace.labels import CONSTANT, Dims, Labels, LabelStore
 from widthkit.trace.recorder import Stack, record
 from widthkit.trace.recording import AttributeRecord, Recording
 from widthkit.trace.tensor_labels import TensorLabels
@@ -64,6 +64,9 @@ class Candidate:
         recording: What the first run recorded.
         tensor_labels: The labels of the copy's tensors.
         output_shapes: Shapes of the model's outputs.
+        original: The user's model, which is copied and never run.
+        example: The example inputs with their values.
+        output_dims: The labels of the outputs' dims.
         notes: Remarks for the user.
         free_outputs: Whether the outputs may shrink.
         fake_values: Whether expensive operators return made-up values.
@@ -82,6 +85,9 @@ class Candidate:
     recording: Recording
     tensor_labels: TensorLabels
     output_shapes: list[tuple[int, ...]]
+    original: nn.Module
+    example: Inputs
+    output_dims: list[Dims]
     notes: list[str] = field(default_factory=list)
     free_outputs: bool = False
     fake_values: bool = False

@@ -8,7 +8,8 @@ channels, then tries the other alternatives of its shape demands, and freezes gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from widthkit.errors import Option, TraceError
 from widthkit.graph import ChannelGraph, ChannelGroup
@@ -16,6 +17,7 @@ from widthkit.trace.candidate import N_SHRUNK_COPIES, Candidate, Mismatch, check
 from widthkit.trace.claims import Claims
 from widthkit.trace.components import Components
 from widthkit.trace.labels import Labels
+from widthkit.trace.permutation import Verdict, check_permutation
 from widthkit.trace.repair import repair
 
 
@@ -37,13 +39,17 @@ def probe(candidate: Candidate, *, max_mismatches: int = 400) -> ChannelGraph:
         if found is None:
             found = _failing_claim(candidate, graph, solved, harmless)
         if found is None:
-            return graph
+            verdict = check_permutation(candidate, graph)
+            if not verdict.wrong:
+                return _noted(graph, verdict)
+            _freeze_groups(candidate, graph, verdict.wrong)
+            continue
         copy_index, mismatch = found
         if not graph.group_names:
             break
         if not repair(candidate, mismatch, copy_index):
             _freeze(candidate, graph, solved, mismatch, copy_index)
-    assert mismatch is not None
+    assert mismatch is not None, "permutations freeze a group each time"
     raise TraceError(
         f"{mismatch.path or 'model'}: no shrunk copy of the model runs ({mismatch.why}); name "
         f"'{mismatch.path or '*'}' in ",
@@ -100,6 +106,21 @@ def _freeze(candidate: Candidate, graph: ChannelGraph, solved: Components, misma
     for name in _minimal(suspects, removes_mismatch):
         for labels in _labels_of(candidate, graph.groups[name]):
             candidate.recording.store.freeze(labels, f"{mismatch.path or 'model'}: {what}")
+
+
+def _freeze_groups(candidate: Candidate, graph: ChannelGraph, names: Iterable[str]) -> None:
+    """Freeze groups whose units are not interchangeable."""
+    for name in names:
+        for labels in _labels_of(candidate, graph.groups[name]):
+            candidate.recording.store.freeze(labels, f"{name}: the outputs change when two of its channels are exchanged")
+
+
+def _noted(graph: ChannelGraph, verdict: Verdict) -> ChannelGraph:
+    """Say so where the groups could not be checked by permuting them."""
+    if not verdict.unknown:
+        return graph
+    note = f"the groups were not checked by exchanging channels: {verdict.unknown}"
+    return replace(graph, notes=(*graph.notes, note))
 
 
 def _minimal(suspects: list[str], suffices: Callable[[set[str]], bool]) -> list[str]:

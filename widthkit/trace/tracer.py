@@ -127,7 +127,7 @@ def _first_run(model: nn.Module, example: Any) -> _FirstRun:
     for device, clone, fake_values in ways:
         for inputs in options:
             try:
-                return _run_copy(clone(model), inputs, device, fake_values)
+                return _run_copy(model, clone(model), inputs, device, fake_values)
             except WidthkitError:
                 raise
             except Exception as error:
@@ -140,7 +140,7 @@ def _first_run(model: nn.Module, example: Any) -> _FirstRun:
     raise ModelError(f"{type(model).__name__} does not run on {what} ({failure}); pass example_inputs=")
 
 
-def _run_copy(model: nn.Module, inputs: Inputs, device: str, fake_values: bool) -> _FirstRun:
+def _run_copy(original: nn.Module, model: nn.Module, inputs: Inputs, device: str, fake_values: bool) -> _FirstRun:
     model.eval()
     recording = Recording()
     tensor_labels = label_tensors(model, recording)
@@ -156,6 +156,9 @@ def _run_copy(model: nn.Module, inputs: Inputs, device: str, fake_values: bool) 
         recording,
         tensor_labels,
         [tuple(t.shape) for t in found],
+        original,
+        inputs,
+        [recording.dims_of(t) for t in found],
         notes=notes,
         fake_values=fake_values,
     )
