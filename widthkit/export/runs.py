@@ -13,6 +13,7 @@ from widthkit.graph.program import Program, Slot, TensorSpec, is_floating
 from widthkit.modules.clone import meta_clone, real_clone
 from widthkit.trace.fake_values import FakeValueMode
 from widthkit.trace.inputs import needs_values
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.recorder import call_model, same_operators
 
 
@@ -60,7 +61,7 @@ def _run(net: nn.Module, program: Program, device: str) -> None:
     tensors = [_example(spec, device) for spec in program.inputs]
     inputs = _filled(program.example, tensors)
     with same_operators(inputs), FakeValueMode(fake_values=device == "cpu"):
-        call_model(net.eval(), inputs)
+        Outputs.of(call_model(net.eval(), inputs))  # a generator runs only when it is used
 
 
 def _example(spec: TensorSpec, device: str) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -15,9 +14,9 @@ from widthkit.modules.clone import named_tensors
 from widthkit.trace.build import build_graph
 from widthkit.trace.compare import ExpectedSizes, Reference, first_conflict, first_divergence
 from widthkit.trace.components import Components, solve
-from widthkit.trace.context import flat_tensors
 from widthkit.trace.inputs import Inputs
 from widthkit.trace.labels import CONSTANT, Dims, Labels, LabelStore
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.recorder import Stack, record
 from widthkit.trace.recording import AttributeRecord, Recording
 from widthkit.trace.tensor_labels import TensorLabels
@@ -162,7 +161,9 @@ def check(
         return None if found.call >= n_calls else Mismatch("", "fewer operators run at smaller widths", call=found.call)
     path, why, components = wrong
     if not found.why:
-        return Mismatch(path, why, components, found.call if found.call < n_calls else _AFTER_ALL_CALLS, bool(run.error))
+        return Mismatch(
+            path, why, components, found.call if found.call < n_calls else _AFTER_ALL_CALLS, bool(run.error)
+        )
     path = reference.calls[min(found.call, n_calls - 1)].path
     return Mismatch(path, why if run.error else found.why, components or found.components, found.call, bool(run.error))
 
@@ -175,7 +176,7 @@ def _what_is_wrong(candidate: Candidate, run: _Run, expected: ExpectedSizes) -> 
     """Say whether a copy raised, returned other shapes, or tied other channels than the first run."""
     if run.error:
         return run.stack[-1][0] if run.stack else "", run.error, frozenset()
-    shapes = [tuple(t.shape) for t in flat_tensors((run.outputs,))]
+    shapes = [tuple(t.shape) for t in run.outputs.tensors]
     if shapes != candidate.output_shapes and not candidate.free_outputs:
         return "", f"the output has shape {shapes} instead of {candidate.output_shapes}", frozenset()
     conflict = first_conflict(run.recording, run.n, expected)
@@ -198,7 +199,7 @@ class _Run:
     recording: Recording
     stack: Stack = field(default_factory=list)
     error: str = ""
-    outputs: Any = None
+    outputs: Outputs = field(default_factory=Outputs)
 
     @classmethod
     def of(cls, candidate: Candidate, solved: Components, plan: Plan) -> _Run:
@@ -208,9 +209,7 @@ class _Run:
         try:
             slim = apply_plan(candidate.model, plan)
             _label_shrunk(slim, candidate, solved, plan, run.recording)
-            run.outputs = record(
-                slim, candidate.inputs, run.recording, run.stack, fake_values=candidate.fake_values
-            )
+            run.outputs = record(slim, candidate.inputs, run.recording, run.stack, fake_values=candidate.fake_values)
         except Exception as error:
             run.error = f"{type(error).__name__}: {_first_line(error)}"
         return run

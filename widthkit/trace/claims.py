@@ -61,7 +61,8 @@ class Claims:
         Args:
             tried: Numbers of the claims to leave out.
         """
-        for number, claim in enumerate([*self.recording.size_uses, *self.recording.comparisons]):
+        claims: list[SizeUse | Comparison] = [*self.recording.size_uses, *self.recording.comparisons]
+        for number, claim in enumerate(claims):
             if number in tried:
                 continue
             fails = self._use_fails(claim) if isinstance(claim, SizeUse) else self._comparison_fails(claim)

@@ -25,6 +25,7 @@ from widthkit.modules.clone import clone_with, named_tensors
 from widthkit.trace.candidate import Candidate
 from widthkit.trace.context import bind, flat_tensors
 from widthkit.trace.inputs import Inputs
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.recorder import call_model, same_operators
 from widthkit.trace.recording import TracedCall
 
@@ -206,7 +207,7 @@ class _Check:
         places = _Places.of(graph, plan)
         names = {call.func.overloadpacket.__name__ for call in candidate.recording.calls}
         tolerance = _CAST_TOLERANCE if names & {"to", "_to_copy", "float", "type_as", "half"} else _TOLERANCE
-        expected = [t.clone() for t in flat_tensors((call_model(copy, inputs),))]
+        expected = [t.clone() for t in Outputs.of(call_model(copy, inputs)).tensors]
         return cls(graph, places, copy, inputs, expected, _order(places), _output_positions(candidate), tolerance)
 
     def verdict(self) -> Verdict:
@@ -233,7 +234,7 @@ class _Check:
         chosen = np.isin(self.places.group, [self.graph.group_names.index(name) for name in names])
         order = np.where(chosen, self.order, np.arange(len(self.order)))
         self._permute(order)
-        found = flat_tensors((call_model(self.copy, self.inputs),))
+        found = Outputs.of(call_model(self.copy, self.inputs)).tensors
         moved = [self._moved_output(t, dims, order) for t, dims in zip(self.expected, self.out_dims, strict=True)]
         self._permute(np.argsort(order))
         return self._difference(found, moved) <= self.tolerance
@@ -257,7 +258,7 @@ class _Check:
         for tensor in self.copy.parameters():
             if tensor.is_floating_point():
                 tensor.data.mul_(1 + _NUDGE * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
-        nudged = [t.clone() for t in flat_tensors((call_model(self.copy, self.inputs),))]
+        nudged = [t.clone() for t in Outputs.of(call_model(self.copy, self.inputs)).tensors]
         change = self._difference(nudged, self.expected)
         self.expected = nudged
         return change <= self.tolerance

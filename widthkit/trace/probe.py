@@ -112,7 +112,9 @@ def _freeze_groups(candidate: Candidate, graph: ChannelGraph, names: Iterable[st
     """Freeze groups whose units are not interchangeable."""
     for name in names:
         for labels in _labels_of(candidate, graph.groups[name]):
-            candidate.recording.store.freeze(labels, f"{name}: the outputs change when two of its channels are exchanged")
+            candidate.recording.store.freeze(
+                labels, f"{name}: the outputs change when two of its channels are exchanged"
+            )
 
 
 def _noted(graph: ChannelGraph, verdict: Verdict) -> ChannelGraph:

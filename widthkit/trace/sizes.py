@@ -22,7 +22,7 @@ from widthkit.trace.labels import Labels
 
 @dataclass(frozen=True)
 class AttributeSource:
-    """An integer attribute of a module, or one element of a tuple or list; ``value`` is what it was in the first run."""
+    """An integer attribute of a module, or one element of a tuple or list, and its value in the first run."""
 
     path: str
     name: str

@@ -15,9 +15,9 @@ from widthkit.errors import ModelError, TraceError, WidthkitError
 from widthkit.graph import ChannelGraph
 from widthkit.modules.clone import meta_clone, real_clone
 from widthkit.trace.candidate import Candidate
-from widthkit.trace.context import flat_tensors
 from widthkit.trace.inputs import Inputs, as_inputs, batch_size, float_dtype, likely_inputs, needs_values
 from widthkit.trace.labels import Labels
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.probe import probe
 from widthkit.trace.record_program import double_batch, with_program
 from widthkit.trace.recorder import Stack, record, to_device
@@ -146,9 +146,10 @@ def _run_copy(original: nn.Module, model: nn.Module, inputs: Inputs, device: str
     tensor_labels = label_tensors(model, recording)
     placed = to_device(inputs, device)
     outputs = _run_with_traced_ints(model, placed, recording, fake_values)
-    notes = _run_in_training_mode(model, placed, recording, fake_values)
+    notes = [f"the outputs hold a {name}, which the trace cannot look into" for name in sorted(outputs.opaque)]
+    notes += _run_in_training_mode(model, placed, recording, fake_values)
     freeze_unused(model, recording, tensor_labels)
-    found = flat_tensors((outputs,))
+    found = outputs.tensors
     candidate = Candidate(
         model,
         placed,
@@ -166,9 +167,7 @@ def _run_copy(original: nn.Module, model: nn.Module, inputs: Inputs, device: str
     return _FirstRun(candidate, labels)
 
 
-def _run_with_traced_ints(
-    model: nn.Module, inputs: Inputs, recording: Recording, fake_values: bool
-) -> Any:
+def _run_with_traced_ints(model: nn.Module, inputs: Inputs, recording: Recording, fake_values: bool) -> Outputs:
     """Run a copy whose integer attributes are traced integers; return its outputs."""
     stack: Stack = []
     recorder = SizeUseRecorder(recording, stack)

@@ -56,9 +56,7 @@ class _Columns:
     producers: set[int]
 
     @classmethod
-    def of(
-        cls, model: nn.Module, tensor_labels: TensorLabels, solved: Components, cuts: Sequence[Labels]
-    ) -> _Columns:
+    def of(cls, model: nn.Module, tensor_labels: TensorLabels, solved: Components, cuts: Sequence[Labels]) -> _Columns:
         parameters = {name for name, _ in model.named_parameters()}
         labelled = [(n, d, x) for n, dims in tensor_labels.items() for d, x in enumerate(dims) if x is not None]
         sites = [(name, dim) for name, dim, _ in labelled]
