@@ -354,7 +354,7 @@ def test_macs_are_what_pytorch_counts(kind):
 
 
 def test_no_repair_is_needed_where_the_output_freezes_the_heads():
-    """Copies keep hooks, so a hook counts runs: the first, three shrunk copies, two of values, one of twice the batch."""
+    """Copies keep hooks, so a hook counts runs: the first, three shrunk, two by values, one at twice the batch."""
     model, runs = randomised(Stored()), []
     model.register_forward_pre_hook(lambda *_: runs.append(1))
     trace(model, (image(),))

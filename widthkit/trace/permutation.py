@@ -7,41 +7,29 @@ as another run on the meta device.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from widthkit.graph import ChannelGraph, IntArray, Positions
-from widthkit.graph.plan import Plan, make_plan, set_attribute
-from widthkit.modules.clone import clone_with, named_tensors
+from widthkit.graph.plan import Plan
+from widthkit.modules.clone import named_tensors
 from widthkit.trace.candidate import Candidate
-from widthkit.trace.context import bind, flat_tensors
 from widthkit.trace.inputs import Inputs
 from widthkit.trace.outputs import Outputs
-from widthkit.trace.recorder import call_model, same_operators
-from widthkit.trace.recording import TracedCall
+from widthkit.trace.recorder import call_model
+from widthkit.trace.small_copy import CAPS, MOST_MACS, repeatable, small_copy, small_inputs, small_plan
 
-_CAPS = (16, 8, 4, 2)
-"""How many units every group keeps at most; the first number that is cheap enough is taken."""
-_CHEAP_MACS = 60e6
-_MOST_MACS = 2e9
-"""MACs of one run: of what is cheap, and of what is run at all."""
-_SIDE = 64
-"""Side length that larger images are cut to, where the model runs on such images."""
 _TOLERANCE = 1e-6
 """Largest relative difference in float64. Sums in another order explain 1e-10; a wrong group changes far more."""
 _CAST_TOLERANCE = 1e-3
 """The same for models that compute a part in a less precise type."""
-_NUDGE = 1e-12
-"""Relative change of the weights that shows how much a model amplifies rounding errors."""
+_NUDGE = 1e-6
+"""Change of the weights, as a share of the tolerance, that shows how much a model amplifies rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -66,116 +54,20 @@ def check_permutation(candidate: Candidate, graph: ChannelGraph) -> Verdict:
     """
     if not graph.group_names:
         return Verdict()
-    plan, n_macs = _small_plan(graph, candidate.batch, candidate.example)
-    if n_macs > _MOST_MACS:
-        return Verdict(unknown=f"a copy with {_CAPS[-1]} units a group has {n_macs / 1e9:.0f} billion MACs")
+    plan, n_macs = small_plan(graph, candidate.batch, candidate.example)
+    if n_macs > MOST_MACS:
+        return Verdict(unknown=f"a copy with {CAPS[-1]} units a group has {n_macs / 1e9:.0f} billion MACs")
     if any(t.is_meta and not t.is_floating_point() for t in named_tensors(candidate.original).values()):
         return Verdict(unknown="integer buffers on the meta device have no values")
     copy = small_copy(candidate.original, plan)
-    for inputs in _small_inputs(candidate.example):
+    for inputs in small_inputs(candidate.example):
         try:
-            with _repeatable(candidate.recording.calls, inputs):
+            with repeatable(candidate.recording.calls, inputs):
                 check = _Check.of(candidate, graph, plan, copy, inputs)
                 return check.verdict()
         except Exception as error:  # a model may raise anything on an image size or a type that it was not made for
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return Verdict(unknown=f"a small copy in float64 does not run ({failure})")
-
-
-def _small_plan(graph: ChannelGraph, batch: int, example: Inputs) -> tuple[Plan, float]:
-    """Return the plan of the copy and the MACs of a run of it."""
-    sizes = [t.shape[-2] * t.shape[-1] for t in flat_tensors(example) if _is_large_image(t)]
-    share = min([_SIDE * _SIDE / size for size in sizes], default=1.0)
-    rng = np.random.default_rng(0)
-    for cap in _CAPS:
-        widths = {name: min(width, cap) for name, width in graph.full.items()}
-        n_macs = graph.macs(widths) * batch * share
-        if n_macs <= _CHEAP_MACS:
-            break
-    kept = {n: np.sort(rng.choice(graph.full[n], size=w, replace=False)).astype(np.int64) for n, w in widths.items()}
-    return make_plan(graph, kept), n_macs
-
-
-def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
-    """Copy a model in float64 in evaluation mode on the CPU, as small as a plan says, with random weights.
-
-    Random values are larger than those of a new model, whose zeros and ones would hide what is exchanged. Integer
-    buffers keep their values.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def make(name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.detach().cpu().clone()
-        shape = list(tensor.shape)
-        for dim, index in plan.tensors.get(name, {}).items():
-            shape[dim] = len(index)
-        if len(shape) < 2:
-            return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-        fan_in = math.prod(shape[1:])
-        return torch.randn(shape, generator=generator, dtype=torch.float64).mul_(max(fan_in, 1) ** -0.5)
-
-    copy = clone_with(model, make).eval()
-    for (path, name), values in plan.attributes.items():
-        set_attribute(copy.get_submodule(path), name, values)
-    for module in copy.modules():
-        for key, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                vars(module)[key] = value.cpu().double() if value.is_floating_point() else value.cpu()
-    return copy
-
-
-def _is_large_image(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim > 2 and min(tensor.shape[-2:]) > _SIDE
-
-
-def _small_inputs(example: Inputs) -> Iterator[Inputs]:
-    """Yield the example inputs in float64 with large images cut, then whole; constant inputs become random."""
-    generator = torch.Generator().manual_seed(1)
-
-    def real(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.detach().cpu()
-        if tensor.is_meta or not tensor.numel() or bool((tensor == tensor.flatten()[0]).all()):
-            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return tensor.detach().cpu().double()
-
-    whole: Inputs = tree_map_only(Tensor, real, example)
-    if any(_is_large_image(t) for t in flat_tensors(whole)):
-        yield tree_map_only(Tensor, lambda t: t[..., :_SIDE, :_SIDE] if _is_large_image(t) else t, whole)
-    yield whole
-
-
-@contextlib.contextmanager
-def _repeatable(calls: Sequence[TracedCall], inputs: Inputs) -> Iterator[None]:
-    """Compute in float64 without gradients, draw nothing at random, and leave the random state as it was."""
-    before = torch.get_default_dtype()
-    draws = any(torch.Tag.nondeterministic_seeded in call.func.tags for call in calls)
-    try:
-        torch.set_default_dtype(torch.float64)
-        with same_operators(inputs), _NoNoise() if draws else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class _NoNoise(TorchDispatchMode):
-    """Replaces random values by one half: two channels that are exchanged would draw different ones."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, without noise."""
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        if "dropout" in func.overloadpacket.__name__:
-            return args[0] if bind(func, args, kwargs).get("train") else func(*args, **kwargs)
-        out = func(*args, **kwargs)
-        return out.fill_(0.5) if isinstance(out, Tensor) and out.is_floating_point() and _draws(func) else out
-
-
-def _draws(func: Any) -> bool:
-    """Whether an operator returns nothing but random numbers."""
-    return func.overloadpacket.__name__.rstrip("_").removesuffix("_like") in ("rand", "randn", "uniform", "normal")
 
 
 @dataclass
@@ -253,11 +145,12 @@ class _Check:
         return largest
 
     def _is_precise(self) -> bool:
-        """Whether nudging the weights changes the outputs far less than what the tolerance allows."""
+        """Whether nudging the weights changes the outputs by less than what the tolerance allows."""
         generator = torch.Generator().manual_seed(2)
         for tensor in self.copy.parameters():
             if tensor.is_floating_point():
-                tensor.data.mul_(1 + _NUDGE * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor.data.mul_(1 + _NUDGE * self.tolerance * noise)
         nudged = [t.clone() for t in Outputs.of(call_model(self.copy, self.inputs)).tensors]
         change = self._difference(nudged, self.expected)
         self.expected = nudged

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -60,7 +61,7 @@ class SizeUseRecorder(TorchFunctionMode):
         if name == "size":
             return self._size(args, kwargs, func(*args, **kwargs))
         if name in ("numel", "nelement") and isinstance(args[0], Tensor):
-            return math.prod(self._shape(args[0], args[0].shape), start=1) if args[0].ndim else func(*args)
+            return functools.reduce(operator.mul, self._shape(args[0], args[0].shape)) if args[0].ndim else func(*args)
         if name in _PYTHON_FUNCTIONS and isinstance(func, FunctionType):
             with self:
                 return _without_overrides(func)(*args, **kwargs)
