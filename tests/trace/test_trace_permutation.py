@@ -60,6 +60,7 @@ def test_a_wrong_rule_freezes_the_groups_it_is_wrong_about():
 def test_noise_and_types_are_no_wrong_groups(act):
     graph = trace(Acting(act), SHAPE)
     assert graph.full == {"stem.conv": 6, "mid.conv": 6, "tail.conv": 5}
+    assert not any("not checked" in note for note in graph.notes)
 
 
 def test_widths_of_free_outputs_are_checked_too():

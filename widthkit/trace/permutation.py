@@ -19,7 +19,7 @@ from widthkit.graph import ChannelGraph, IntArray, Positions
 from widthkit.graph.plan import Plan
 from widthkit.modules.clone import named_tensors
 from widthkit.trace.candidate import Candidate
-from widthkit.trace.inputs import Inputs
+from widthkit.trace.inputs import Inputs, float_dtype
 from widthkit.trace.outputs import Outputs
 from widthkit.trace.recorder import call_model
 from widthkit.trace.small_copy import CAPS, MOST_MACS, repeatable, small_copy, small_inputs, small_plan
@@ -28,6 +28,8 @@ _TOLERANCE = 1e-6
 """Largest relative difference in float64. Sums in another order explain 1e-10; a wrong group changes far more."""
 _CAST_TOLERANCE = 1e-3
 """The same for models that compute a part in a less precise type."""
+_CASTS = {"to", "_to_copy", "float", "type_as", "half"}
+"""Operators that may change to a less precise type."""
 _NUDGE = 1e-6
 """Change of the weights, as a share of the tolerance, that shows how much a model amplifies rounding errors."""
 
@@ -59,15 +61,17 @@ def check_permutation(candidate: Candidate, graph: ChannelGraph) -> Verdict:
         return Verdict(unknown=f"a copy with {CAPS[-1]} units a group has {n_macs / 1e9:.0f} billion MACs")
     if any(t.is_meta and not t.is_floating_point() for t in named_tensors(candidate.original).values()):
         return Verdict(unknown="integer buffers on the meta device have no values")
-    copy = small_copy(candidate.original, plan)
-    for inputs in small_inputs(candidate.example):
-        try:
-            with repeatable(candidate.recording.calls, inputs):
-                check = _Check.of(candidate, graph, plan, copy, inputs)
-                return check.verdict()
-        except Exception as error:  # a model may raise anything on an image size or a type that it was not made for
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    return Verdict(unknown=f"a small copy in float64 does not run ({failure})")
+    failure = ""
+    for dtype in (torch.float64, torch.float32):
+        copy = small_copy(candidate.original, plan, dtype)
+        for inputs in small_inputs(candidate.example, dtype):
+            try:
+                with repeatable(candidate.recording.calls, inputs, dtype):
+                    check = _Check.of(candidate, graph, plan, copy, inputs)
+                    return check.verdict()
+            except Exception as error:  # a model may raise anything on a size or a type that it was not made for
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return Verdict(unknown=f"a small copy does not run ({failure})")
 
 
 @dataclass
@@ -98,7 +102,8 @@ class _Check:
     def of(cls, candidate: Candidate, graph: ChannelGraph, plan: Plan, copy: nn.Module, inputs: Inputs) -> _Check:
         places = _Places.of(graph, plan)
         names = {call.func.overloadpacket.__name__ for call in candidate.recording.calls}
-        tolerance = _CAST_TOLERANCE if names & {"to", "_to_copy", "float", "type_as", "half"} else _TOLERANCE
+        is_coarse = float_dtype(copy) != torch.float64 or bool(names & _CASTS)
+        tolerance = _CAST_TOLERANCE if is_coarse else _TOLERANCE
         expected = [t.clone() for t in Outputs.of(call_model(copy, inputs)).tensors]
         return cls(graph, places, copy, inputs, expected, _order(places), _output_positions(candidate), tolerance)
 
@@ -149,8 +154,10 @@ class _Check:
         generator = torch.Generator().manual_seed(2)
         for tensor in self.copy.parameters():
             if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor.data.mul_(1 + _NUDGE * self.tolerance * noise)
+                # Of float32 no change below its own rounding is left.
+                nudge = max(_NUDGE * self.tolerance, torch.finfo(tensor.dtype).eps)
+                noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                tensor.data.mul_(1 + nudge * noise)
         nudged = [t.clone() for t in Outputs.of(call_model(self.copy, self.inputs)).tensors]
         change = self._difference(nudged, self.expected)
         self.expected = nudged

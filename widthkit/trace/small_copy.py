@@ -44,8 +44,8 @@ def small_plan(graph: ChannelGraph, batch: int, example: Inputs) -> tuple[Plan, 
     return make_plan(graph, kept), n_macs
 
 
-def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
-    """Copy a model in float64 in evaluation mode on the CPU, as small as a plan says, with random weights.
+def small_copy(model: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    """Copy a model in evaluation mode on the CPU, as small as a plan says, with random weights.
 
     Random values are larger than those of a new model, whose zeros and ones would hide what is exchanged. Integer
     buffers keep their values.
@@ -59,9 +59,9 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
         for dim, index in plan.tensors.get(name, {}).items():
             shape[dim] = len(index)
         if len(shape) < 2:
-            return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+            return torch.rand(shape, generator=generator, dtype=dtype) + 0.5
         fan_in = math.prod(shape[1:])
-        return torch.randn(shape, generator=generator, dtype=torch.float64).mul_(max(fan_in, 1) ** -0.5)
+        return torch.randn(shape, generator=generator, dtype=dtype).mul_(max(fan_in, 1) ** -0.5)
 
     copy = clone_with(model, make).eval()
     for (path, name), values in plan.attributes.items():
@@ -69,7 +69,7 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     for module in copy.modules():
         for key, value in list(vars(module).items()):
             if isinstance(value, Tensor):
-                vars(module)[key] = value.cpu().double() if value.is_floating_point() else value.cpu()
+                vars(module)[key] = value.cpu().to(dtype) if value.is_floating_point() else value.cpu()
     return copy
 
 
@@ -77,16 +77,16 @@ def _is_large_image(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim > 2 and min(tensor.shape[-2:]) > _SIDE
 
 
-def small_inputs(example: Inputs) -> Iterator[Inputs]:
-    """Yield the example inputs in float64 with large images cut, then whole; constant inputs become random."""
+def small_inputs(example: Inputs, dtype: torch.dtype) -> Iterator[Inputs]:
+    """Yield the example inputs with large images cut, then whole; constant inputs become random."""
     generator = torch.Generator().manual_seed(1)
 
     def real(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.detach().cpu()
         if tensor.is_meta or not tensor.numel() or bool((tensor == tensor.flatten()[0]).all()):
-            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return tensor.detach().cpu().double()
+            return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+        return tensor.detach().cpu().to(dtype)
 
     whole: Inputs = tree_map_only(Tensor, real, example)
     if any(_is_large_image(t) for t in flat_tensors(whole)):
@@ -95,12 +95,12 @@ def small_inputs(example: Inputs) -> Iterator[Inputs]:
 
 
 @contextlib.contextmanager
-def repeatable(calls: Sequence[TracedCall], inputs: Inputs) -> Iterator[None]:
-    """Compute in float64 without gradients, draw nothing at random, and leave the random state as it was."""
+def repeatable(calls: Sequence[TracedCall], inputs: Inputs, dtype: torch.dtype) -> Iterator[None]:
+    """Compute in one type without gradients, draw nothing at random, and leave the random state as it was."""
     before = torch.get_default_dtype()
-    draws = any(torch.Tag.nondeterministic_seeded in call.func.tags for call in calls)
+    draws = any(_bare_name(call.func) in _NOISE or "dropout" in call.func.overloadpacket.__name__ for call in calls)
     try:
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(dtype)
         with same_operators(inputs), _NoNoise() if draws else contextlib.nullcontext():
             yield
     finally:
@@ -113,14 +113,31 @@ class _NoNoise(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, without noise."""
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        if "dropout" in func.overloadpacket.__name__:
-            return args[0] if bind(func, args, kwargs).get("train") else func(*args, **kwargs)
+        if "dropout" in func.overloadpacket.__name__ and bind(func, args, kwargs).get("train"):
+            return args[0]
         out = func(*args, **kwargs)
-        return out.fill_(0.5) if isinstance(out, Tensor) and out.is_floating_point() and _draws(func) else out
+        return out.fill_(0.5) if _bare_name(func) in _NOISE and out.is_floating_point() else out
 
 
-def _draws(func: Any) -> bool:
-    """Whether an operator returns nothing but random numbers."""
-    return func.overloadpacket.__name__.rstrip("_").removesuffix("_like") in ("rand", "randn", "uniform", "normal")
+_NOISE = {
+    "rand",
+    "randn",
+    "bernoulli",
+    "normal",
+    "uniform",
+    "exponential",
+    "cauchy",
+    "geometric",
+    "log_normal",
+    "poisson",
+}
+"""Operators that return nothing but random numbers."""
+
+
+def _bare_name(func: Any) -> str:
+    """Return an operator's name without the endings for other forms of it.
+
+    >>> _bare_name(torch.ops.aten.rand_like.default), _bare_name(torch.ops.aten.normal_.default)
+    ('rand', 'normal')
+    """
+    return str(func.overloadpacket.__name__).rstrip("_").removesuffix("_like")
