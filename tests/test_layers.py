@@ -32,6 +32,7 @@ RANK = {name: row for row, names in enumerate(ORDER) for name in names}
 DISTRIBUTION = "widthkit"
 OTHER_MEANINGS = {
     "trace/rules/pointwise.py": {"random", "uniform"},  # names of PyTorch's operators
+    "trace/small_copy.py": {"uniform"},
     "report/run.py": {"uniform"},  # the row of the network that one multiplier gives, as in results.json
     "report/pictures.py": {"uniform"},
     "run/final.py": {"uniform"},

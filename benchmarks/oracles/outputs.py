@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from widthkit.graph import ChannelGraph, IntArray
-from widthkit.trace.context import flat_tensors
 from widthkit.trace.fake_values import FakeValueMode
 from widthkit.trace.inputs import as_inputs, float_dtype
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.recorder import call_model
 
 TOLERANCE = 1e-10
@@ -39,7 +39,7 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
         before = torch.get_default_dtype()
         torch.set_default_dtype(float_dtype(model))
         try:
-            return flat_tensors((call_model(model, as_inputs(inputs)),))
+            return Outputs.of(call_model(model, as_inputs(inputs))).tensors
         finally:
             torch.set_default_dtype(before)
 
@@ -50,7 +50,7 @@ def fake_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     This is for models whose control flow depends on values, which therefore cannot run on the meta device.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]), FakeValueMode(fake_values=True):
-        return flat_tensors((call_model(model, as_inputs(inputs)),))
+        return Outputs.of(call_model(model, as_inputs(inputs))).tensors
 
 
 def check_equal(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:

@@ -4,6 +4,7 @@ from topologies.borders import PaddedShortcut
 from topologies.case import CASES, Case, ConvBN, Net, point, randomised, sites
 from topologies.chains import InvertedResidual, PlainChain, Residual
 from topologies.joins import DenseBlock, FlattenLinear, GroupedByPosition, Inception, ShuffleUnit
+from topologies.positions import CutAtAttribute, TemporalShift
 from topologies.sharing import (
     Attention,
     DeadBranch,
@@ -19,6 +20,7 @@ __all__ = [
     "Attention",
     "Case",
     "ConvBN",
+    "CutAtAttribute",
     "DeadBranch",
     "DenseBlock",
     "FlattenLinear",
@@ -32,6 +34,7 @@ __all__ = [
     "Residual",
     "ShuffleUnit",
     "SplitStored",
+    "TemporalShift",
     "TiedWeight",
     "Transposed",
     "TransposedGrouped",

@@ -12,6 +12,7 @@ from torch import nn
 from widthkit.errors import OptionError
 from widthkit.export.feature_info import refresh_feature_info
 from widthkit.export.origin import Origin, compose_origins, origin_of, set_origin
+from widthkit.export.runs import check_runs
 from widthkit.graph import ChannelGraph, IntArray, Kept
 from widthkit.graph.plan import Plan, apply_plan, make_plan
 from widthkit.modules.structure import Dense
@@ -55,6 +56,7 @@ def export(
     Raises:
         WidthsError: If the widths do not fit; nothing is built then.
         OptionError: If ``net`` holds several networks.
+        ExportError: If the new network raises on the example input of the trace.
 
     The batch norms have the running statistics of the full network: recalibrate or train before you use eval mode.
 
@@ -72,6 +74,7 @@ def export(
     graph = graph or trace(net, example_inputs, freeze=freeze, free_outputs=free_outputs)
     plan = make_plan(graph, widths.widths if isinstance(widths, (SearchResult, Trial)) else widths)
     slim = apply_plan(net, plan)
+    check_runs(slim, net, graph.program)
     return _with_origin(slim, _origin(graph, plan, Dense.of(net)), origin_of(net))
 
 
@@ -89,7 +92,9 @@ def judged_best(widths: Kept | SearchResult | Trial | None, path: int = 0) -> tu
 
 def _from_supernet(net: Supernet, widths: Kept | None, path: int) -> nn.Module:
     units = net.active if widths is None else net.units(widths, path)
-    slim = apply_plan(net.whole(), net.plan(units))
+    whole = net.whole()
+    slim = apply_plan(whole, net.plan(units))
+    check_runs(slim, whole, net.graph.program)
     return _with_origin(slim, _origin(net.graph, _dense_plan(net, units), net.dense), origin_of(net.model))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,11 +12,11 @@ from widthkit.graph import ChannelGraph, IntArray
 from widthkit.graph.plan import Plan, apply_plan, make_plan
 from widthkit.modules.clone import named_tensors
 from widthkit.trace.build import build_graph
-from widthkit.trace.compare import ExpectedSizes, first_conflict, first_divergence
+from widthkit.trace.compare import ExpectedSizes, Reference, first_conflict, first_divergence
 from widthkit.trace.components import Components, solve
-from widthkit.trace.context import flat_tensors
 from widthkit.trace.inputs import Inputs
-from widthkit.trace.labels import Labels, LabelStore
+from widthkit.trace.labels import CONSTANT, Dims, Labels, LabelStore
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.recorder import Stack, record
 from widthkit.trace.recording import AttributeRecord, Recording
 from widthkit.trace.tensor_labels import TensorLabels
@@ -37,12 +37,14 @@ class Mismatch:
         why: In words.
         components: The components that are tied but should not be, if that is what is wrong.
         call: Number of the first operator call with wrong sizes; past the last call where all sizes are right.
+        raised: Whether the shrunk model raised an exception.
     """
 
     path: str
     why: str
     components: frozenset[int] = frozenset()
     call: int = _AFTER_ALL_CALLS
+    raised: bool = False
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -61,6 +63,9 @@ class Candidate:
         recording: What the first run recorded.
         tensor_labels: The labels of the copy's tensors.
         output_shapes: Shapes of the model's outputs.
+        original: The user's model, which is copied and never run.
+        example: The example inputs with their values.
+        output_dims: The labels of the outputs' dims.
         notes: Remarks for the user.
         free_outputs: Whether the outputs may shrink.
         fake_values: Whether expensive operators return made-up values.
@@ -68,6 +73,9 @@ class Candidate:
         attributes: Integer attributes that the probe found -> the labels they count.
         unrepairable: Class of a module and number of a call in it where no repair helped.
         n_runs: How often a shrunk copy was run.
+        repeats_differ: Whether a second run of the model runs other operators than the first.
+        repeated: That second run, and the components it was labelled with.
+        witness: Widths at which a claim of the first run does not hold (:mod:`widthkit.trace.claims`).
     """
 
     model: nn.Module
@@ -76,6 +84,9 @@ class Candidate:
     recording: Recording
     tensor_labels: TensorLabels
     output_shapes: list[tuple[int, ...]]
+    original: nn.Module
+    example: Inputs
+    output_dims: list[Dims]
     notes: list[str] = field(default_factory=list)
     free_outputs: bool = False
     fake_values: bool = False
@@ -83,12 +94,14 @@ class Candidate:
     attributes: dict[AttributeKey, Labels] = field(default_factory=dict)
     unrepairable: set[tuple[type, int]] = field(default_factory=set)
     n_runs: int = 0
+    repeats_differ: bool = False
+    repeated: tuple[Components, Reference] | None = None
+    witness: dict[str, int] = field(default_factory=dict)
     _units: tuple[Components, Units] | None = None
 
     def build(self) -> tuple[ChannelGraph, Components]:
         """Solve and assemble the graph under the decisions so far."""
         solved, units = self.solve(), self.units()
-        found = [AttributeRecord(*key, labels) for key, labels in self.attributes.items()]
         graph = build_graph(
             self.model,
             self.recording,
@@ -96,10 +109,15 @@ class Candidate:
             solved,
             units,
             batch=self.batch,
-            attributes=[*found, *self.recording.attributes],
+            attributes=self.attribute_records(),
             notes=self.notes,
         )
         return graph, solved
+
+    def attribute_records(self) -> list[AttributeRecord]:
+        """Return what integer attributes count; those that the probe found come first."""
+        found = [AttributeRecord(*key, labels) for key, labels in self.attributes.items()]
+        return [*found, *self.recording.attributes]
 
     def solve(self) -> Components:
         """Return the components under the decisions so far; attributes tie nothing."""
@@ -109,7 +127,7 @@ class Candidate:
         """Group the components of :meth:`solve`."""
         solved = self.solve()
         if self._units is None or self._units[0] is not solved:
-            self._units = solved, group_units(self.model, self.tensor_labels, solved)
+            self._units = solved, group_units(self.model, self.tensor_labels, solved, self.recording.cuts)
         return self._units[1]
 
 
@@ -123,34 +141,97 @@ def check(
         graph: The graph that it led to.
         solved: Its components.
         shrink: Names of the groups that lose units.
-        copy_index: Which of the :data:`N_SHRUNK_COPIES` width vectors to take.
+        copy_index: Which of the :data:`N_SHRUNK_COPIES` width vectors to take; the next number is for
+            ``candidate.witness``.
     """
-    candidate.n_runs += 1
     names = set(shrink)
-    plan = make_plan(graph, {n: units for n, units in _kept_units(graph, copy_index).items() if n in names})
+    chosen = _kept_units(graph, copy_index) if copy_index < N_SHRUNK_COPIES else _units_of(graph, candidate.witness)
+    plan = make_plan(graph, {n: units for n, units in chosen.items() if n in names})
     expected = ExpectedSizes.of(graph, solved, candidate.tensor_labels, plan)
-    n = int(solved.unit.max()) + 2
-    recording = Recording(store=LabelStore(size=n))
-    stack: Stack = []
-    first_calls = candidate.recording.calls
+    run = _Run.of(candidate, solved, plan)
+    reference = _reference(candidate, solved)
+    found = first_divergence(reference, run.recording.calls, expected)
+    if found.why and not candidate.repeats_differ and not found.components and _repeats_differ(candidate, solved):
+        candidate.repeats_differ = True
+        reference = _reference(candidate, solved)
+        found = first_divergence(reference, run.recording.calls, expected)
+    n_calls = len(reference.calls)
+    wrong = _what_is_wrong(candidate, run, expected) or (found.why and ("", found.why, frozenset())) or None
+    if wrong is None:
+        return None if found.call >= n_calls else Mismatch("", "fewer operators run at smaller widths", call=found.call)
+    path, why, components = wrong
+    if not found.why:
+        return Mismatch(
+            path, why, components, found.call if found.call < n_calls else _AFTER_ALL_CALLS, bool(run.error)
+        )
+    path = reference.calls[min(found.call, n_calls - 1)].path
+    return Mismatch(path, why if run.error else found.why, components or found.components, found.call, bool(run.error))
 
-    def mismatch(path: str, why: str, components: frozenset[int] = frozenset()) -> Mismatch:
-        call = first_divergence(first_calls, recording.calls, solved.unit, expected)
-        if call < len(recording.calls):
-            return Mismatch(first_calls[call].path, why, components, call)
-        return Mismatch(path, why, components, call if call < len(first_calls) else _AFTER_ALL_CALLS)
 
-    try:
-        slim = apply_plan(candidate.model, plan)
-        _label_shrunk(slim, candidate, solved, plan, recording)
-        outputs = record(slim, candidate.inputs, recording, stack, fake_values=candidate.fake_values)
-    except Exception as error:
-        return mismatch(stack[-1][0] if stack else "", f"{type(error).__name__}: {_first_line(error)}")
-    shapes = [tuple(t.shape) for t in flat_tensors((outputs,))]
+_Wrong = tuple[str, str, "frozenset[int]"]
+"""Module, what is wrong in words, and the components that are tied but should not be."""
+
+
+def _what_is_wrong(candidate: Candidate, run: _Run, expected: ExpectedSizes) -> _Wrong | None:
+    """Say whether a copy raised, returned other shapes, or tied other channels than the first run."""
+    if run.error:
+        return run.stack[-1][0] if run.stack else "", run.error, frozenset()
+    shapes = [tuple(t.shape) for t in run.outputs.tensors]
     if shapes != candidate.output_shapes and not candidate.free_outputs:
-        return mismatch("", f"the output has shape {shapes} instead of {candidate.output_shapes}")
-    conflict = first_conflict(recording, n, expected)
-    return None if conflict is None else mismatch(conflict.path, conflict.why, conflict.components)
+        return "", f"the output has shape {shapes} instead of {candidate.output_shapes}", frozenset()
+    conflict = first_conflict(run.recording, run.n, expected)
+    return None if conflict is None else (conflict.path, conflict.why, conflict.components)
+
+
+@dataclass
+class _Run:
+    """One run of a copy whose labels are the components of the first run, plus one.
+
+    Args:
+        n: How many labels came from the first run, the constant included.
+        recording: What the run recorded.
+        stack: The running modules, where it raised.
+        error: What it raised, in words.
+        outputs: What it returned.
+    """
+
+    n: int
+    recording: Recording
+    stack: Stack = field(default_factory=list)
+    error: str = ""
+    outputs: Outputs = field(default_factory=Outputs)
+
+    @classmethod
+    def of(cls, candidate: Candidate, solved: Components, plan: Plan) -> _Run:
+        candidate.n_runs += 1
+        n = int(solved.unit.max()) + 2
+        run = cls(n, Recording(store=LabelStore(size=n)))
+        try:
+            slim = apply_plan(candidate.model, plan)
+            _label_shrunk(slim, candidate, solved, plan, run.recording)
+            run.outputs = record(slim, candidate.inputs, run.recording, run.stack, fake_values=candidate.fake_values)
+        except Exception as error:
+            run.error = f"{type(error).__name__}: {_first_line(error)}"
+        return run
+
+
+def _reference(candidate: Candidate, solved: Components) -> Reference:
+    """Return the first run, or a repeated one where a model that keeps something between calls runs other operators."""
+    if not candidate.repeats_differ:
+        return Reference(candidate.recording.calls, solved.unit)
+    if candidate.repeated is None or candidate.repeated[0] is not solved:
+        plan = make_plan(candidate.build()[0], {})
+        run = _Run.of(candidate, solved, plan)
+        constant = int(solved.unit[CONSTANT])
+        candidate.repeated = solved, Reference.repeated(run.recording, run.n, constant)
+    return candidate.repeated[1]
+
+
+def _repeats_differ(candidate: Candidate, solved: Components) -> bool:
+    """Whether a copy of full width runs other operators than the first run."""
+    run = _Run.of(candidate, solved, make_plan(candidate.build()[0], {}))
+    names = [[call.func for call in calls] for calls in (candidate.recording.calls, run.recording.calls)]
+    return not run.error and names[0] != names[1]
 
 
 def _label_shrunk(slim: nn.Module, candidate: Candidate, solved: Components, plan: Plan, recording: Recording) -> None:
@@ -180,6 +261,15 @@ def _kept_units(graph: ChannelGraph, copy_index: int) -> dict[str, IntArray]:
         digit = number // span ** max(copy_index - 1, 0)
         kept[name] = np.sort(rng.choice(width, size=most - digit % span, replace=False)).astype(np.int64)
     return kept
+
+
+def _units_of(graph: ChannelGraph, widths: Mapping[str, int]) -> dict[str, IntArray]:
+    """Choose units at random for given widths."""
+    rng = np.random.default_rng(0)
+    return {
+        name: np.sort(rng.choice(width, size=min(widths.get(name, width), width), replace=False)).astype(np.int64)
+        for name, width in graph.full.items()
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Compare the run of a shrunk model with the first run: where sizes differ, and what is tied that must not be."""
+"""Compare the run of a shrunk model with the first run: which channels remain where, and what is wrongly tied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from widthkit.graph import ChannelGraph
 from widthkit.graph.plan import Plan
 from widthkit.trace.components import Components, connect
-from widthkit.trace.labels import Choice, Labels
+from widthkit.trace.labels import CONSTANT, Choice, Labels
 from widthkit.trace.recording import Recording, TracedCall
 from widthkit.trace.tensor_labels import TensorLabels
 
@@ -60,37 +60,108 @@ class ExpectedSizes:
                     kept[solved.unit[np.delete(labels, index)]] = False
         return cls(kept, owned, free)
 
-    def size(self, labels: Labels | int, unit: Labels) -> int | None:
-        """Return how many positions should remain; ``None`` where the model's tensors do not say."""
-        if isinstance(labels, int):
-            return labels
-        components = unit[labels]
-        return int(self.kept[components].sum()) if self.owned[components].all() else None
+    def agrees(self, before: Labels | int, after: Labels | int, reference: Reference) -> bool:
+        """Whether a dim of the shrunk model holds the components that should remain of it; order does not matter here.
+
+        Args:
+            before: The labels or size of the dim in the reference.
+            after: Those in the second run, where label ``c + 1`` is component ``c`` of the first.
+            reference: What the second run is compared with.
+        """
+        if isinstance(before, int):
+            return before == (after if isinstance(after, int) else len(after))
+        components = reference.component[before]
+        if (components < 0).any() or not self.owned[components].all():
+            return True  # the model's tensors do not say what should remain
+        remaining = components[self.kept[components]]
+        if isinstance(after, int) or len(after) != len(remaining):
+            return len(remaining) == (after if isinstance(after, int) else len(after))
+        found = np.where(after == CONSTANT, reference.component[CONSTANT], after - 1)
+        if (found >= len(self.kept)).any() or np.array_equal(found, remaining):
+            return True
+        return np.array_equal(np.sort(found), np.sort(remaining))
 
 
-def first_divergence(
-    first: Sequence[TracedCall], second: Sequence[TracedCall], unit: Labels, expected: ExpectedSizes
-) -> int:
-    """Return the number of the first call whose result does not have the expected size.
+@dataclass(frozen=True)
+class Reference:
+    """A run of the model at full width that shrunk copies are compared with.
 
-    A call that raised is not recorded. So where all recorded sizes are right, the answer is the number of calls of the
+    Args:
+        calls: Its calls.
+        component: ``[labels]``; the component of the first run that every label of this run stands for, or -1.
+    """
+
+    calls: Sequence[TracedCall]
+    component: Labels
+
+    @classmethod
+    def repeated(cls, recording: Recording, n: int, constant: int) -> Reference:
+        """Take a repeated run, in which label ``c + 1`` is component ``c`` of the first.
+
+        Args:
+            recording: That run.
+            n: How many labels came from the first run, the constant included.
+            constant: The component of the constant.
+        """
+        component = np.full(recording.store.size, -1, dtype=np.int64)
+        component[1:n] = np.arange(n - 1)
+        component[CONSTANT] = constant
+        return cls(recording.calls, component)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first call of the shrunk model that does something else than that of the first run.
+
+    Args:
+        call: Its number.
+        why: In words; empty where the second run only ended early.
+        components: The components of the first run that are wrongly kept or dropped there.
+    """
+
+    call: int
+    why: str = ""
+    components: frozenset[int] = frozenset()
+
+
+def first_divergence(reference: Reference, second: Sequence[TracedCall], expected: ExpectedSizes) -> Divergence:
+    """Return the first call that differs: another operator, or a result of other channels than those that remain.
+
+    A call that raised is not recorded. So where all recorded calls are right, the answer is the number of calls of the
     second run.
 
     Args:
-        first: Calls of the first run.
+        reference: A run at full width.
         second: Calls of the shrunk model's run.
-        unit: ``[labels]``; the component of every label of the first run.
-        expected: The sizes to find.
+        expected: What should remain.
     """
-    for number, (a, b) in enumerate(zip(first, second, strict=False)):
+    right: set[tuple[int, int]] = set()
+    for number, (a, b) in enumerate(zip(reference.calls, second, strict=False)):
+        name = a.func.overloadpacket.__name__
         if a.func.overloadpacket is not b.func.overloadpacket or len(a.sizes) != len(b.sizes):
-            return number
+            other = b.func.overloadpacket.__name__
+            return Divergence(number, f"which operators run depends on widths: '{other}' instead of '{name}'")
         for before, after in zip(a.sizes, b.sizes, strict=True):
-            sizes = [expected.size(labels, unit) for labels in before]
-            found = [n if isinstance(n, int) else len(n) for n in after]
-            if len(sizes) != len(found) or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
-                return number
-    return len(second)
+            if len(before) != len(after):
+                return Divergence(number, f"the number of dims of '{name}' depends on widths")
+            for old, new in zip(before, after, strict=True):
+                key = id(old), id(new)
+                if isinstance(old, int) or key not in right:
+                    if not expected.agrees(old, new, reference):
+                        what = f"'{name}' does not pick the channels that remain when others are dropped"
+                        return Divergence(number, what, _free(old, reference, expected))
+                    right.add(key)
+    if len(second) > len(reference.calls):
+        return Divergence(len(reference.calls), "more operators run at smaller widths")
+    return Divergence(len(second))
+
+
+def _free(labels: Labels | int, reference: Reference, expected: ExpectedSizes) -> frozenset[int]:
+    """Return the free components among some labels."""
+    if isinstance(labels, int):
+        return frozenset()
+    components = reference.component[labels]
+    return frozenset(components[expected.free[components]].tolist())
 
 
 def first_conflict(recording: Recording, n: int, expected: ExpectedSizes) -> Conflict | None:

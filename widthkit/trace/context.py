@@ -84,6 +84,11 @@ class OpContext:
         for labels in self.dims(tensor):
             self.freeze(labels, reason)
 
+    def cut(self, before: Labels | None, after: Labels | None) -> None:
+        """Record that a part of a dim is cut off. Positions inside and outside of it are treated differently."""
+        if before is not None and after is not None and 0 < len(after) < len(before):
+            self.recording.cuts.append(after)
+
     def choose(self, what: str, alternatives: Iterable[Alternative]) -> None:
         """Record a shape demand that can be met in several ways; ``what`` completes "module: 'operator' ..."."""
         self.recording.store.choose(self.path, f"{self.where} {what}".strip(), alternatives)
@@ -133,10 +138,10 @@ class OpContext:
         if labels is None:
             return
         value = _element(getattr(self.module, name, None), element)
-        if isinstance(value, int) and not isinstance(value, bool) and value == len(labels):
+        if isinstance(value, int) and not isinstance(value, bool) and int(value) == len(labels):
             self.recording.attributes.append(AttributeRecord(self.path, name, element, labels))
         given = _element(self.recording.counting_arguments.get(name), element)
-        if isinstance(given, TracedInt) and given == len(labels) and isinstance(given.source, AttributeSource):
+        if isinstance(given, TracedInt) and int(given) == len(labels) and isinstance(given.source, AttributeSource):
             source = given.source
             self.recording.attributes.append(AttributeRecord(source.path, source.name, source.element, labels))
 

@@ -14,6 +14,7 @@ from widthkit.modules.clone import named_tensors
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.fake_values import run_operator
 from widthkit.trace.inputs import Inputs
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.recorder import call_model, same_operators
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -116,5 +117,5 @@ def record_lifetimes(model: nn.Module, inputs: Inputs, fake_values: bool = False
     mode = _LifetimeMode(named_tensors(model).values(), fake_values)
     # The same operators as in the traced run, or the calls of both could not be matched.
     with same_operators(inputs), mode:
-        call_model(model, inputs)
+        Outputs.of(call_model(model, inputs))  # a generator runs only when it is used
     return mode.lifetimes

@@ -8,13 +8,16 @@ channels, then tries the other alternatives of its shape demands, and freezes gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from widthkit.errors import Option, TraceError
 from widthkit.graph import ChannelGraph, ChannelGroup
 from widthkit.trace.candidate import N_SHRUNK_COPIES, Candidate, Mismatch, check
+from widthkit.trace.claims import Claims
 from widthkit.trace.components import Components
 from widthkit.trace.labels import Labels
+from widthkit.trace.permutation import Verdict, check_permutation
 from widthkit.trace.repair import repair
 
 
@@ -29,17 +32,24 @@ def probe(candidate: Candidate, *, max_mismatches: int = 400) -> ChannelGraph:
         TraceError: If the shrunk model does not run whatever is frozen.
     """
     mismatch = None
+    harmless: set[int] = set()
     for _ in range(max_mismatches):
         graph, solved = candidate.build()
         found = _first_mismatch(candidate, graph, solved)
         if found is None:
-            return graph
+            found = _failing_claim(candidate, graph, solved, harmless)
+        if found is None:
+            verdict = check_permutation(candidate, graph)
+            if not verdict.wrong:
+                return _noted(graph, verdict)
+            _freeze_groups(candidate, graph, verdict.wrong)
+            continue
         copy_index, mismatch = found
         if not graph.group_names:
             break
         if not repair(candidate, mismatch, copy_index):
             _freeze(candidate, graph, solved, mismatch, copy_index)
-    assert mismatch is not None
+    assert mismatch is not None, "permutations freeze a group each time"
     raise TraceError(
         f"{mismatch.path or 'model'}: no shrunk copy of the model runs ({mismatch.why}); name "
         f"'{mismatch.path or '*'}' in ",
@@ -56,9 +66,34 @@ def _first_mismatch(candidate: Candidate, graph: ChannelGraph, solved: Component
     return None
 
 
+def _failing_claim(
+    candidate: Candidate, graph: ChannelGraph, solved: Components, harmless: set[int]
+) -> tuple[int, Mismatch] | None:
+    """Look for widths at which Python computes or decides something else, and run a copy of these widths.
+
+    Args:
+        candidate: The first run.
+        graph: A graph that all shrunk copies agree with.
+        solved: Its components.
+        harmless: Numbers of claims that may fail, since the model runs there as expected; extended in place.
+    """
+    if not graph.group_names:
+        return None
+    claims = Claims(candidate.recording, candidate.attribute_records(), graph, solved, candidate.units())
+    while True:
+        found = claims.witness(harmless)
+        if found is None:
+            return None
+        candidate.witness, number = found
+        mismatch = check(candidate, graph, solved, graph.group_names, N_SHRUNK_COPIES)
+        if mismatch is not None:
+            return N_SHRUNK_COPIES, mismatch
+        harmless.add(number)
+
+
 def _freeze(candidate: Candidate, graph: ChannelGraph, solved: Components, mismatch: Mismatch, copy_index: int) -> None:
     """Freeze the fewest groups that remove the mismatch; groups of the failing module are tried first."""
-    what = mismatch.why if mismatch.components else f"the shrunk model does not run ({mismatch.why})"
+    what = f"the shrunk model does not run ({mismatch.why})" if mismatch.raised else mismatch.why
     all_groups = list(graph.group_names)
 
     def removes_mismatch(frozen: set[str]) -> bool:
@@ -71,6 +106,23 @@ def _freeze(candidate: Candidate, graph: ChannelGraph, solved: Components, misma
     for name in _minimal(suspects, removes_mismatch):
         for labels in _labels_of(candidate, graph.groups[name]):
             candidate.recording.store.freeze(labels, f"{mismatch.path or 'model'}: {what}")
+
+
+def _freeze_groups(candidate: Candidate, graph: ChannelGraph, names: Iterable[str]) -> None:
+    """Freeze groups whose units are not interchangeable."""
+    for name in names:
+        for labels in _labels_of(candidate, graph.groups[name]):
+            candidate.recording.store.freeze(
+                labels, f"{name}: the outputs change when two of its channels are exchanged"
+            )
+
+
+def _noted(graph: ChannelGraph, verdict: Verdict) -> ChannelGraph:
+    """Say so where the groups could not be checked by permuting them."""
+    if not verdict.unknown:
+        return graph
+    note = f"the groups were not checked by exchanging channels: {verdict.unknown}"
+    return replace(graph, notes=(*graph.notes, note))
 
 
 def _minimal(suspects: list[str], suffices: Callable[[set[str]], bool]) -> list[str]:

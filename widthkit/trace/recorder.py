@@ -16,6 +16,7 @@ from widthkit.trace import rules
 from widthkit.trace.context import OpContext, flat_tensors
 from widthkit.trace.fake_values import run_operator
 from widthkit.trace.inputs import Inputs, Keywords
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.recording import Recording
 
 Stack = list[tuple[str, nn.Module]]
@@ -127,7 +128,7 @@ def record(
     stack: Stack,
     function_mode: AbstractContextManager[Any] | None = None,
     fake_values: bool = False,
-) -> Any:
+) -> Outputs:
     """Run ``model`` once under the recorder and return its outputs.
 
     Args:
@@ -146,6 +147,6 @@ def record(
         function_mode or nullcontext(),
         Recorder(recording, stack, fake_values),
     ):
-        outputs = call_model(model, inputs)
+        outputs = Outputs.of(call_model(model, inputs))
     stack.pop()
     return outputs

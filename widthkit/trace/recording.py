@@ -1,4 +1,4 @@
-"""What one run of a labelled model records: labels of tensors, ties, costs, attributes and every operator call."""
+"""What one run of a labelled model records: labels, ties, costs, attributes, sizes and every operator call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from widthkit.trace.labels import Dims, Labels, LabelStore
+from widthkit.trace.sizes import Comparison, Source, Untraced
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,21 @@ class TracedCall:
     sizes: tuple[tuple[Labels | int, ...], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class SizeUse:
+    """An integer that must equal the number of kept positions of a dim, or of the part before or behind a bound.
+
+    Args:
+        source: Where the integer comes from; a plain integer never changes.
+        labels: The labels of the dim or part; ``None`` where its size is fixed.
+        where: Path of the module that used it.
+    """
+
+    source: Source | int
+    labels: Labels | None
+    where: str
+
+
 @dataclass
 class Recording:
     """Everything one traced run records.
@@ -69,6 +85,10 @@ class Recording:
         used: ``id`` of every tensor that an operator read.
         seen: Module path -> the label arrays that its operators read or wrote, in order.
         calls: Every operator call, in order.
+        cuts: Labels of the parts that operators cut off a dim.
+        size_uses: Where integers from Python became sizes; filled in the first run only.
+        comparisons: Comparisons of sizes in the model's own code; filled in the first run only.
+        untraced: Sizes that went into a float or through ``int`` there.
         counting_arguments: Arguments of the function that runs now which count channels (``groups``,
             ``normalized_shape``...); filled in the first run only.
         kept_alive: Every tensor of the run. Python gives the ``id`` of a deleted tensor to a new one, which would
@@ -82,6 +102,10 @@ class Recording:
     used: set[int] = field(default_factory=set)
     seen: dict[str, list[Labels]] = field(default_factory=dict)
     calls: list[TracedCall] = field(default_factory=list)
+    cuts: list[Labels] = field(default_factory=list)
+    size_uses: list[SizeUse] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    untraced: list[Untraced] = field(default_factory=list)
     counting_arguments: dict[str, Any] = field(default_factory=dict)
     kept_alive: list[Any] = field(default_factory=list)
 

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from widthkit.trace.components import connect, solve
 from widthkit.trace.labels import Alternative, Labels
-from widthkit.trace.recording import AttributeRecord, Recording
-from widthkit.trace.size_uses import SizeUse
+from widthkit.trace.recording import AttributeRecord, Recording, SizeUse
 from widthkit.trace.sizes import AttributeSource, ComputedSource, DimSource, Source
 
 _UsesByAttribute = dict[AttributeSource, list[SizeUse]]
 
 
-def tie_sizes(recording: Recording, uses: Sequence[SizeUse]) -> None:
+def freeze_fixed_sizes(recording: Recording) -> None:
+    """Freeze what a plain integer cuts off a dim: the cut stays where it is at every width.
+
+    The integer may also be computed from a size in ways that are not followed, such as ``int(c * 0.5)``. Where a module
+    does such arithmetic and cuts at plain integers, that size is frozen as well.
+    """
+    places = set()
+    for use in recording.size_uses:
+        if isinstance(use.source, int) and use.labels is not None:
+            where = use.where or "model"
+            recording.store.freeze(use.labels, f"{where}: {use.source} positions are cut off, a number that stays")
+            places.add(use.where)
+    counted = {AttributeSource(*record.key): record.labels for record in recording.attributes}
+    for untraced in recording.untraced:
+        if untraced.path in places:
+            for labels in _labels_within(untraced.source, counted):
+                recording.store.freeze(labels, f"{untraced.path or 'model'}: cuts at numbers computed from this size")
+
+
+def _labels_within(source: Source | int, counted: Mapping[AttributeSource, Labels]) -> Iterator[Labels]:
+    """Yield all labels that a source depends on."""
+    if isinstance(source, DimSource):
+        yield source.labels
+    elif isinstance(source, AttributeSource):
+        if source in counted:
+            yield counted[source]
+    elif isinstance(source, ComputedSource):
+        yield from _labels_within(source.left, counted)
+        yield from _labels_within(source.right, counted)
+
+
+def tie_sizes(recording: Recording) -> None:
     """Let attributes follow what they count, and tie dims whose sizes Python computes from one another.
 
     Skip sizes that already agree, which most do: ``x.view(B, C, -1)``. Dims counted by one attribute are tied; if it
     also sizes a fixed dim, they freeze. A new tie may change which alternatives the solver takes. So uses that tied
     nothing are looked at again, until a pass ties nothing.
     """
+    uses = recording.size_uses
     by_attribute = _by_attribute(recording, uses)
     _follow(recording, by_attribute)
     untied = [use for use in uses if not isinstance(use.source, AttributeSource)]
@@ -172,4 +203,6 @@ def _value_of(source: Source | int, by_attribute: _UsesByAttribute) -> int | Non
     if isinstance(source, int):
         return source
     labels = _labels_of(source, by_attribute)
-    return None if labels is None else len(labels)
+    if labels is None:
+        return source.value if isinstance(source, AttributeSource) else None
+    return len(labels)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -13,54 +15,57 @@ from torch.overrides import TorchFunctionMode
 
 from widthkit.trace.context import flat_tensors
 from widthkit.trace.labels import Labels
-from widthkit.trace.recording import Recording
-from widthkit.trace.sizes import DimSource, Source, TracedInt
-
-
-@dataclass(frozen=True, eq=False)
-class SizeUse:
-    """An integer that must equal the number of kept positions of a dim.
-
-    Args:
-        source: Where the integer comes from.
-        labels: The labels of the dim; ``None`` where its size is fixed.
-        where: Path of the module that used it.
-    """
-
-    source: Source
-    labels: Labels | None
-    where: str
+from widthkit.trace.recording import Recording, SizeUse
+from widthkit.trace.sizes import Comparison, ComputedSource, DimSource, Source, TracedInt, Untraced, source_of
 
 
 @dataclass
 class SizeUseRecorder(TorchFunctionMode):
-    """Collects the size uses of one run, and makes ``x.shape`` return traced integers.
+    """Collects the size uses and comparisons of one run, and makes ``x.shape`` return traced integers.
 
     Args:
         recording: The recording of the run; its labels say what sizes mean.
         stack: The running modules.
-        uses: What was collected.
+        inside: Whether a function of torch runs. What it compares is not the model's control flow.
     """
 
     recording: Recording
     stack: list[tuple[str, Any]]
-    uses: list[SizeUse] = field(default_factory=list)
+    inside: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
 
+    def watch(self, event: Comparison | Untraced) -> None:
+        """Record what the model's own code, not torch's, does with a traced integer."""
+        path, module = self.stack[-1] if self.stack else ("", None)
+        if self.inside or type(module).__module__.startswith("torch.nn."):
+            return
+        if isinstance(event, Comparison):
+            self.recording.comparisons.append(replace(event, path=path))
+        else:
+            self.recording.untraced.append(replace(event, path=path))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, then record which of its integers are sizes."""
-        kwargs = kwargs or {}
+        before, self.inside = self.inside, True
+        try:
+            return self._run(func, args, kwargs or {})
+        finally:
+            self.inside = before
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if _is_shape(func):
             return self._shape(args[0], func(*args, **kwargs))
         name = getattr(func, "__name__", "")
         if name == "size":
             return self._size(args, kwargs, func(*args, **kwargs))
+        if name in ("numel", "nelement") and isinstance(args[0], Tensor):
+            return functools.reduce(operator.mul, self._shape(args[0], args[0].shape)) if args[0].ndim else func(*args)
         if name in _PYTHON_FUNCTIONS and isinstance(func, FunctionType):
             with self:
                 return _without_overrides(func)(*args, **kwargs)
-        if not any(_traced_ints((args, tuple(kwargs.values())))):
+        if name not in _CUTS and not any(_traced_ints((args, tuple(kwargs.values())))):
             return func(*args, **kwargs)
         self.recording.counting_arguments = _counting_arguments(name, args, kwargs)
         try:
@@ -77,7 +82,7 @@ class SizeUseRecorder(TorchFunctionMode):
         if all(labels is None for labels in dims):
             return shape
         pairs = zip(shape, dims, strict=True)
-        return torch.Size([n if labels is None else TracedInt(n, DimSource(labels)) for n, labels in pairs])
+        return torch.Size([n if labels is None else TracedInt(n, DimSource(labels), self.watch) for n, labels in pairs])
 
     def _size(self, args: Any, kwargs: Any, out: Any) -> Any:
         if not isinstance(args[0], Tensor):
@@ -86,12 +91,12 @@ class SizeUseRecorder(TorchFunctionMode):
             return self._shape(args[0], out)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         labels = self.recording.dims_of(args[0])[dim] if isinstance(dim, int) else None
-        return out if labels is None else TracedInt(out, DimSource(labels))
+        return out if labels is None else TracedInt(out, DimSource(labels), self.watch)
 
     def record_size(self, value: Any, labels: Labels | None, size: int) -> None:
         """Record that an integer is the size of a dim."""
         if isinstance(value, TracedInt) and int(value) == size:
-            self.uses.append(SizeUse(value.source, labels, self.stack[-1][0]))
+            self.recording.size_uses.append(SizeUse(value.source, labels, self.stack[-1][0]))
 
     def record_sizes(self, values: Sequence[Any], tensor: Tensor, start: int = 0) -> None:
         """Record that integers are the sizes of consecutive dims."""
@@ -100,12 +105,36 @@ class SizeUseRecorder(TorchFunctionMode):
             self.record_size(value, labels, size)
 
     def record_bound(self, value: Any, labels: Labels | None, size: int) -> None:
-        """Record that an integer bounds a slice: it counts the positions before the bound."""
-        if isinstance(value, TracedInt) and 0 < int(value) <= size:
-            before = None if labels is None else labels[: int(value)]
-            self.uses.append(SizeUse(value.source, before, self.stack[-1][0]))
+        """Record that an integer bounds a slice: it counts the positions before the bound, a negative one those behind.
+
+        Also a plain integer is recorded, since a slice whose bound stays runs at every width.
+        """
+        if not isinstance(value, int) or not -size <= int(value) <= size or not int(value):
+            return
+        bound = int(value)
+        if abs(bound) == size and not isinstance(value, TracedInt):
+            return  # everything is cut off, at smaller widths as well
+        if bound > 0:
+            self._record_part(source_of(value), None if labels is None else labels[:bound])
+        else:
+            self._record_part(source_of(value), None if labels is None else labels[bound:], negative=True)
+
+    def record_part(self, value: Any, labels: Labels | None, size: int) -> None:
+        """Record that an integer, also a plain one, is the size of a part that is cut off a dim."""
+        if isinstance(value, int) and int(value) == size:
+            self._record_part(source_of(value), labels)
+
+    def _record_part(self, source: Source | int, labels: Labels | None, negative: bool = False) -> None:
+        if isinstance(source, int):
+            if labels is not None:
+                self.recording.size_uses.append(SizeUse(abs(source), labels, self.stack[-1][0]))
+            return
+        own = ComputedSource("sub", 0, source) if negative else source
+        self.recording.size_uses.append(SizeUse(own, labels, self.stack[-1][0]))
 
 
+_CUTS = {"__getitem__", "__setitem__", "narrow", "split", "split_with_sizes"}
+"""Functions that cut a dim at bounds; with plain integers as well, they may run at widths where they are wrong."""
 _PYTHON_FUNCTIONS = {"multi_head_attention_forward", "_in_projection_packed", "_in_projection"}
 """Functions of torch that are written in Python and compute with sizes."""
 _copies: dict[Any, Callable[..., Any]] = {}
@@ -191,14 +220,14 @@ def _split(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Any) -> None:
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
     parts = flat_tensors(out)
     for value, part in zip(sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(parts), parts, strict=False):
-        recorder.record_size(value, recorder.recording.dims_of(part)[dim], part.shape[dim])
+        recorder.record_part(value, recorder.recording.dims_of(part)[dim], part.shape[dim])
 
 
 def _narrow(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Tensor) -> None:
     x, dim, start, length = (*args, *(kwargs[n] for n in ("dim", "start", "length") if n in kwargs))[:4]
     dim = dim % x.ndim
     recorder.record_bound(start, recorder.recording.dims_of(x)[dim], x.shape[dim])
-    recorder.record_size(length, recorder.recording.dims_of(out)[dim], out.shape[dim])
+    recorder.record_part(length, recorder.recording.dims_of(out)[dim], out.shape[dim])
 
 
 def _index(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Any) -> None:
@@ -208,10 +237,10 @@ def _index(recorder: SizeUseRecorder, args: Any, kwargs: Any, out: Any) -> None:
         if item is Ellipsis:
             dim = x.ndim - sum(k is not None for k in key[place + 1 :])
         elif item is not None:
-            if isinstance(item, slice) and item.step in (None, 1) and dim < x.ndim:
+            if isinstance(item, slice) and dim < x.ndim:
                 for bound in (item.start, item.stop):
                     recorder.record_bound(bound, recorder.recording.dims_of(x)[dim], x.shape[dim])
-            dim += 1
+            dim += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
 _HANDLERS: dict[str, Callable[[SizeUseRecorder, Any, Any, Any], None]] = {

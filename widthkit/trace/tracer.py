@@ -15,15 +15,15 @@ from widthkit.errors import ModelError, TraceError, WidthkitError
 from widthkit.graph import ChannelGraph
 from widthkit.modules.clone import meta_clone, real_clone
 from widthkit.trace.candidate import Candidate
-from widthkit.trace.context import flat_tensors
 from widthkit.trace.inputs import Inputs, as_inputs, batch_size, float_dtype, likely_inputs, needs_values
 from widthkit.trace.labels import Labels
+from widthkit.trace.outputs import Outputs
 from widthkit.trace.probe import probe
 from widthkit.trace.record_program import double_batch, with_program
 from widthkit.trace.recorder import Stack, record, to_device
 from widthkit.trace.recording import Recording
-from widthkit.trace.size_ties import tie_sizes
-from widthkit.trace.size_uses import SizeUse, SizeUseRecorder
+from widthkit.trace.size_ties import freeze_fixed_sizes, tie_sizes
+from widthkit.trace.size_uses import SizeUseRecorder
 from widthkit.trace.sizes import install_traced_ints
 from widthkit.trace.tensor_labels import freeze_matching, freeze_produced, freeze_unused, label_tensors, under
 
@@ -73,8 +73,9 @@ def trace(
         if not free_outputs:
             for labels in first.output_labels:
                 candidate.recording.store.freeze(labels, "model output; free_outputs=True lets it vary")
+        freeze_fixed_sizes(candidate.recording)
         # After all freezes: which sizes agree depends on what is frozen.
-        tie_sizes(candidate.recording, first.size_uses)
+        tie_sizes(candidate.recording)
         candidate.free_outputs = free_outputs
         return with_program(candidate, probe(candidate))
 
@@ -110,7 +111,6 @@ def _refuse_wrappers(model: nn.Module) -> None:
 class _FirstRun:
     candidate: Candidate
     output_labels: list[Labels]
-    size_uses: list[SizeUse]
 
 
 def _first_run(model: nn.Module, example: Any) -> _FirstRun:
@@ -127,7 +127,7 @@ def _first_run(model: nn.Module, example: Any) -> _FirstRun:
     for device, clone, fake_values in ways:
         for inputs in options:
             try:
-                return _run_copy(clone(model), inputs, device, fake_values)
+                return _run_copy(model, clone(model), inputs, device, fake_values)
             except WidthkitError:
                 raise
             except Exception as error:
@@ -140,15 +140,16 @@ def _first_run(model: nn.Module, example: Any) -> _FirstRun:
     raise ModelError(f"{type(model).__name__} does not run on {what} ({failure}); pass example_inputs=")
 
 
-def _run_copy(model: nn.Module, inputs: Inputs, device: str, fake_values: bool) -> _FirstRun:
+def _run_copy(original: nn.Module, model: nn.Module, inputs: Inputs, device: str, fake_values: bool) -> _FirstRun:
     model.eval()
     recording = Recording()
     tensor_labels = label_tensors(model, recording)
     placed = to_device(inputs, device)
-    outputs, size_uses = _run_with_traced_ints(model, placed, recording, fake_values)
-    notes = _run_in_training_mode(model, placed, recording, fake_values)
+    outputs = _run_with_traced_ints(model, placed, recording, fake_values)
+    notes = [f"the outputs hold a {name}, which the trace cannot look into" for name in sorted(outputs.opaque)]
+    notes += _run_in_training_mode(model, placed, recording, fake_values)
     freeze_unused(model, recording, tensor_labels)
-    found = flat_tensors((outputs,))
+    found = outputs.tensors
     candidate = Candidate(
         model,
         placed,
@@ -156,24 +157,25 @@ def _run_copy(model: nn.Module, inputs: Inputs, device: str, fake_values: bool) 
         recording,
         tensor_labels,
         [tuple(t.shape) for t in found],
+        original,
+        inputs,
+        [recording.dims_of(t) for t in found],
         notes=notes,
         fake_values=fake_values,
     )
     labels = [labels for t in found for labels in recording.dims_of(t) if labels is not None]
-    return _FirstRun(candidate, labels, size_uses)
+    return _FirstRun(candidate, labels)
 
 
-def _run_with_traced_ints(
-    model: nn.Module, inputs: Inputs, recording: Recording, fake_values: bool
-) -> tuple[Any, list[SizeUse]]:
-    """Run a copy whose integer attributes are traced integers; return its outputs and the uses of these integers."""
+def _run_with_traced_ints(model: nn.Module, inputs: Inputs, recording: Recording, fake_values: bool) -> Outputs:
+    """Run a copy whose integer attributes are traced integers; return its outputs."""
     stack: Stack = []
     recorder = SizeUseRecorder(recording, stack)
-    replaced = install_traced_ints(model)
+    replaced = install_traced_ints(model, recorder.watch)
     # Some models replace their buffers while they run (tables for the image size). The copy gets its own back.
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
-        return record(model, inputs, recording, stack, recorder, fake_values), recorder.uses
+        return record(model, inputs, recording, stack, recorder, fake_values)
     finally:
         for module, name, value in replaced:
             vars(module)[name] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +41,11 @@ class Units:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The components along every labelled dim of every tensor.
+    """The components along every labelled dim of every tensor, and of every part that an operator cuts off a dim.
 
     Args:
-        sites: Tensor name and dim of every column.
-        components: Per column ``[size of the dim]``.
+        sites: Tensor name and dim of every column that is a dim of a tensor; these come first.
+        components: Per column ``[size of the dim or part]``.
         in_parameters: Columns that belong to parameters, not to buffers.
         producers: Columns that are the output dim of a weight matrix or kernel.
     """
@@ -56,13 +56,15 @@ class _Columns:
     producers: set[int]
 
     @classmethod
-    def of(cls, model: nn.Module, tensor_labels: TensorLabels, unit: Labels) -> _Columns:
+    def of(cls, model: nn.Module, tensor_labels: TensorLabels, solved: Components, cuts: Sequence[Labels]) -> _Columns:
         parameters = {name for name, _ in model.named_parameters()}
         labelled = [(n, d, x) for n, dims in tensor_labels.items() for d, x in enumerate(dims) if x is not None]
         sites = [(name, dim) for name, dim, _ in labelled]
         in_parameters = {i for i, (name, _) in enumerate(sites) if name in parameters}
         producers = {i for i in in_parameters if _is_output(tensor_labels[sites[i][0]], sites[i][1])}
-        return cls(sites, [unit[labels] for _, _, labels in labelled], in_parameters, producers)
+        parts = {part.tobytes(): part for part in (solved.unit[labels] for labels in cuts)}
+        columns = [solved.unit[labels] for _, _, labels in labelled] + list(parts.values())
+        return cls(sites, columns, in_parameters, producers)
 
     def group_name(self, columns: list[int], taken: list[str]) -> str:
         """Name a group after the first module that produces it."""
@@ -71,13 +73,16 @@ class _Columns:
         return _unique_name(tensor.rpartition(".")[0] or tensor, taken)
 
 
-def group_units(model: nn.Module, tensor_labels: TensorLabels, solved: Components) -> Units:
-    """Put components that occur equally often at the same tensor dims into one group.
+def group_units(
+    model: nn.Module, tensor_labels: TensorLabels, solved: Components, cuts: Sequence[Labels] = ()
+) -> Units:
+    """Put components that occur equally often at the same tensor dims, and in the same parts of dims, into one group.
 
     Args:
         model: The copy that was run.
         tensor_labels: The labels of its tensors.
         solved: Which labels belong to one component, and which components are frozen.
+        cuts: Labels of the parts that operators cut off a dim.
     """
     n = int(solved.unit.max()) + 1
     group = np.full(n, -1, dtype=np.int64)
@@ -85,7 +90,7 @@ def group_units(model: nn.Module, tensor_labels: TensorLabels, solved: Component
     single: dict[int, str] = {}
     names: list[str] = []
     widths: list[int] = []
-    table = _Columns.of(model, tensor_labels, solved.unit)
+    table = _Columns.of(model, tensor_labels, solved, cuts)
     for columns, components in _members(table, n, solved.frozen):
         name = table.group_name(columns, names)
         if len(components) == 1:

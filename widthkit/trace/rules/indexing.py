@@ -82,6 +82,8 @@ def execute(ctx: OpContext) -> None:
                 # For example a detector that finds nothing in the image: no label of the dim is left.
                 ctx.freeze(labels, "reaches an operator that picks nothing from the example input")
                 continue
+            if ctx.name == "slice" and int(ctx.arg("step", 1)) != 1:
+                ctx.freeze(labels, "picks every n-th position of this dim")
             if (grid == grid.flat[0]).all() and (labels != labels[0]).any():
                 ctx.freeze(grid.flat[:1], "picks one position of this dim")
             for e, moved in enumerate(split_grid(ctx, grid)):
@@ -89,6 +91,7 @@ def execute(ctx: OpContext) -> None:
                     ctx.freeze(moved, "merges two channel dims")
                     ctx.freeze(found[e], "merges two channel dims")
                 found[e] = moved if found[e] is None else found[e]
+                ctx.cut(labels, found[e])
     for found, out in zip(results, ctx.outputs(), strict=True):
         ctx.set(out, tuple(found))
 

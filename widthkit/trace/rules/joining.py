@@ -68,6 +68,7 @@ def split(ctx: OpContext) -> None:
             elif start:
                 assert labels is not None
                 ctx.recording.store.tie(labels[:size], own)
+        ctx.cut(labels, own)
         ctx.set(part, (*dims[:axis], own, *dims[axis + 1 :]))
         start += size
 
