@@ -30,6 +30,7 @@ NOT_OF_A_RUN = {
 OTHERS = {
     "model": "package.module:factory",
     "model_options": {"depth": 3, "act": "relu", "digits": "3", "nested": [1, {"a": None}]},
+    "merges": True,
     "freeze": ["stem.*", "head"],
     "pretrained": True,
     "weights": "/data/my weights.pth",
@@ -67,6 +68,7 @@ OTHERS = {
     "searcher": "coordinate",
     "searcher_options": {"text": "a=b"},
     "search_images": 64,
+    "criterion": "accuracy",
     "search_memory": "1MB",
     "stand_alone_epochs": 1,
     "stages": 3,

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from runs import stop_after
 
 import widthkit as wk
-from widthkit.errors import CheckpointError
+from widthkit.errors import CheckpointError, OptionError
 from widthkit.export.joint import JointNet
-from widthkit.search import SearchResult
+from widthkit.search import Judging, SearchResult
 from widthkit.search.evaluator import Evaluator
 from widthkit.testing import small_batch, small_graph, small_net
 
@@ -121,3 +121,30 @@ def test_a_result_names_widths_for_any_other_model():
     fresh = wk.export(small_net(3), result, graph=small_graph())
     plain = wk.export(small_net(3), result.widths, graph=small_graph())
     assert loss_of(fresh) == loss_of(plain)
+
+
+@pytest.mark.parametrize("strategy", ["bc", "locally-free"])
+def test_networks_can_be_ranked_by_accuracy(strategy):
+    net = build(strategy)
+    result = searched(net, judging=Judging(criterion="accuracy"))
+    images, labels = (torch.cat(parts) for parts in zip(*LOADER, strict=True))
+    for trial in result.trials:
+        networks = [wk.export(net, trial.widths, path=path).train() for path in range(len(net.paths(trial.widths)))]
+        with torch.no_grad():
+            right = [float((slim(images).argmax(1) == labels).double().mean()) for slim in networks]
+        assert trial.score == trial.accuracy == pytest.approx(net.strategy.combine(right))
+        assert right[trial.path] == max(right)
+    assert any(t.score != -t.loss for t in result.trials)
+
+
+def test_a_ranking_by_accuracy_needs_class_scores(tmp_path):
+    targets = [(images, torch.zeros(len(images), 4, dtype=images.dtype)) for images, _ in LOADER]
+    judge = Evaluator(build("bc"), targets, F.mse_loss, Judging(criterion="accuracy"))
+    with pytest.raises(OptionError, match="criterion='accuracy': the outputs are no class scores"):
+        judge(small_graph().full)
+    with pytest.raises(OptionError, match="criterion='top1'"):
+        Judging(criterion="top1")
+    # A journal of losses is not gone on with by accuracies.
+    searched(build("bc"), out=tmp_path)
+    with pytest.raises(CheckpointError, match="another search"):
+        searched(build("bc"), out=tmp_path, resume=True, judging=Judging(criterion="accuracy"))

@@ -285,3 +285,16 @@ def test_searchers_against_brute_force():
     assert rows["random"]["mean_gap"] < 0.15
     assert all(-1e-12 <= row["mean_gap"] <= row["worst_gap"] for row in rows.values())
     assert all(row["least_usage"] > 0.97 for row in rows.values())
+
+
+def test_errors_come_from_the_m_best_records_only():
+    """Eq. 13 with m = 2: the third record is not counted."""
+    space = uniform_space(small_graph(), 2)
+    full, half = space.largest, space.smallest
+    history = [(full, 1.0), (half, 2.0), ({**full, space.names[0]: half[space.names[0]]}, 9.0)]
+    two, three = (potential_errors(space, history, "mean", keep) for keep in (2, 3))
+    assert [error.tolist() for error in two] == [[2.0, 1.0]] * 3
+    assert [error.tolist() for error in three] == [[5.5, 1.0], [2.0, 5.0], [2.0, 5.0]]
+    budget = parse_budget("0.9x", small_graph())
+    with pytest.raises(OptionError, match="keep=0"):
+        EvolutionSearcher(space, budget, np.random.default_rng(0), keep=0)

@@ -67,11 +67,7 @@ class RunConfig(BaseModel):
         {}, "Model's arguments", "Argument of the model's factory; the value is JSON", flag="--model-option", **_MODEL
     )
     merges: bool = option(
-        False,
-        "Blocks that merge",
-        "Train the branches of blocks that merge (RepVGG, MobileOne), with a width per merged layer; slim networks are "
-        "merged",
-        **_START,
+        False, "Blocks that merge", "Train the branches of blocks such as RepVGG's; slim networks are merged", **_START
     )
     freeze: list[str] = option([], "Frozen modules", "Module path or pattern whose output widths stay", **_MODEL)
     pretrained: bool = option(False, "Pretrained weights", "Start from the library's weights", **_START)
@@ -194,6 +190,9 @@ class RunConfig(BaseModel):
     )
     search_images: int = option(
         2048, "Held-out images", "Most held-out images on which a candidate is judged", ge=1, **_SEARCH
+    )
+    criterion: Literal["loss", "accuracy"] = option(
+        "loss", "Criterion", "What ranks candidates: their loss or, as in the papers, their accuracy", **_SEARCH
     )
     search_memory: str = option(
         "2GB",

@@ -253,7 +253,7 @@ def _search_stage(built: Built, net: Supernet, budget: Budget, folder: Path) -> 
         out=folder,
         resume=True,
         progress=built.progress,
-        judging=Judging(memory=c.search_memory),
+        judging=Judging(memory=c.search_memory, criterion=c.criterion),
         train_fn=lambda widths: train_alone(built, widths),
         **c.searcher_options,
     )

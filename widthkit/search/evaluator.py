@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from widthkit.errors import PluginError
+from widthkit.errors import OptionError, PluginError
 from widthkit.search.judging import Judgement, Judging, Loss, held_out_batches
 from widthkit.search.sharing import Candidates, Unsafe, sharing_order
 from widthkit.supernet import Supernet
@@ -191,6 +191,13 @@ class Evaluator:
         known = [[top1 for _, top1 in parts if top1 is not None] for parts in paths]
         accuracies = [self._mean(values) for values in known if len(values) == len(self.batches)]
         scores = [-loss for loss in losses]
+        if self.judging.criterion == "accuracy":
+            if len(accuracies) < len(scores):
+                raise OptionError(
+                    "criterion='accuracy': the outputs are no class scores [N, C] of integer targets; judge by 'loss'"
+                )
+            # Where a loss is not a number the network has diverged, whatever its outputs' largest class is.
+            scores = [math.nan if math.isnan(s) else top1 for s, top1 in zip(scores, accuracies, strict=True)]
         found = self._combine(accuracies) if accuracies else None
         return Judgement(self._combine(scores), sum(losses) / len(losses), found, _best(scores))
 

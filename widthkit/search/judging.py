@@ -21,8 +21,8 @@ class Judgement:
     """Score, loss and accuracy of one width vector.
 
     Args:
-        score: What searchers maximise: minus the mean loss, combined over paths by the strategy; or the accuracy of a
-            network that was trained on its own.
+        score: What searchers maximise: minus the mean loss, or the accuracy where :class:`Judging` says so, combined
+            over paths by the strategy; or the accuracy of a network that was trained on its own.
         loss: Mean loss over examples and paths; NaN for a network that was trained on its own.
         accuracy: Top-1 share in ``[0, 1]``, or ``None`` where outputs are no class scores.
         path: Which of the strategy's paths has the best score of its own; 0 for a network that was trained on its own.
@@ -43,9 +43,11 @@ class Judging:
             (2,048 in the papers).
         training: Run in training mode, for models that return their losses only then, such as detectors.
         memory: Most memory for values that sub-networks judged together share, in bytes or as ``"2GB"``.
+        criterion: What ranks sub-networks: ``"loss"``, or ``"accuracy"`` as in the papers, where outputs are class
+            scores.
 
     Raises:
-        OptionError: If the batch size is not positive, or the memory is no amount.
+        OptionError: If the batch size is not positive, the memory is no amount, or the criterion is not known.
 
     >>> Judging(memory="1.5 MB").memory_bytes
     1500000
@@ -54,12 +56,15 @@ class Judging:
     batch_size: int = 2048
     training: bool = False
     memory: str | int = "2GB"
+    criterion: str = "loss"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise OptionError(f"batch_size={self.batch_size}: it must be at least 1")
         if memory_bytes(self.memory) is None:
             raise OptionError(Option("memory", self.memory), ": this is no amount; write it like 2GB or 500MiB")
+        if self.criterion not in ("loss", "accuracy"):
+            raise OptionError(f"criterion={self.criterion!r}: networks are ranked by 'loss' or 'accuracy'")
 
     @property
     def memory_bytes(self) -> int:

@@ -102,6 +102,8 @@ def search(
     resources, rng = Resources(net, loader, criterion), np.random.default_rng(seed)
     engine = make_searcher(name, resources, limits, rng, options, can_train=train_fn is not None)
     settings = {"searcher": name, "options": options, "budget": str(limits), "seed": seed, "training": judging.training}
+    if judging.criterion != "loss":
+        settings["criterion"] = judging.criterion
     net.to(own_device(model_device(net)))
     judge = Evaluator(net, loader, criterion, judging)
     broadcast_module(net)

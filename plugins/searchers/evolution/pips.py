@@ -142,7 +142,8 @@ def prior_population(
     entropy: float,
     near_budget: float,
     estimate: str = "benefit",
+    keep: int = 100,
 ) -> list[dict[str, int]]:
     """Return up to ``n`` different width vectors inside the budget, drawn where training went well."""
-    distributions = fit(space, budget, potential_errors(space, history, estimate), entropy)
+    distributions = fit(space, budget, potential_errors(space, history, estimate, keep), entropy)
     return sample(space, budget, distributions, rng, n, near_budget)

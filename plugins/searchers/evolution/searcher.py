@@ -41,6 +41,8 @@ class EvolutionSearcher(Searcher):
         pips: Draw the first population where training went well, if training was recorded.
         entropy: How far that draw spreads, 0.01 (narrow) to 1 (wide).
         estimate: How the recorded losses become errors of choices: ``"benefit"``, or ``"mean"`` (the paper's Eq. 13).
+        keep: From how many of the widths that trained best the first population is drawn (the paper's m). A supernet
+            remembers 100.
         history: The width vectors that trained best, with their losses; the search passes the supernet's.
     """
 
@@ -55,6 +57,7 @@ class EvolutionSearcher(Searcher):
         pips: bool = True,
         entropy: float = 0.1,
         estimate: str = "benefit",
+        keep: int = 100,
         history: Sequence[WidthRecord] = (),
     ) -> None:
         super().__init__(space, budget, rng)
@@ -67,11 +70,21 @@ class EvolutionSearcher(Searcher):
         self._seed = int(rng.integers(2**31))
         if not 0 < entropy < np.inf:
             raise OptionError(f"entropy={entropy}: it must be a positive number, or all draws become one")
+        if not 1 <= keep <= 100:
+            raise OptionError(f"keep={keep}: from 1 to 100 of the widths that trained best")
         self._table = Genes(space, budget)
         draws, first = np.random.default_rng(self._seed), []
         if pips and history:
             first = prior_population(
-                space, budget, history, draws, population, entropy=entropy, near_budget=near_budget, estimate=estimate
+                space,
+                budget,
+                history,
+                draws,
+                population,
+                entropy=entropy,
+                near_budget=near_budget,
+                estimate=estimate,
+                keep=keep,
             )
         if len(first) < population:
             drawn = {tuple(w.values()) for w in first}
