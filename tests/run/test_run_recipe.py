@@ -247,7 +247,7 @@ def test_each_training_follows_its_own_part(tmp_path, capfd, monkeypatch):
 
 
 def test_no_epochs_train_nothing(tmp_path, capfd, monkeypatch):
-    config, folder = run_of(tmp_path, epochs=0, final_epochs=0, searcher="random", searcher_options={"n": 3})
+    config, folder = run_of(tmp_path, epochs=0, final_epochs=0, strategy="whole", searcher="uniform")
     built = build(config, folder, final=True, say=lambda line: None, progress=False)
     folder.begin(config, "slim", resume=False)
     before = {name: tensor.clone() for name, tensor in built.net.state_dict().items()}
@@ -255,10 +255,11 @@ def test_no_epochs_train_nothing(tmp_path, capfd, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in built.net.state_dict().items())
     assert not folder.supernet().exists()
     train = ["train", TINY["model"], "--data", "digits", "--image-size", "16", "--limit", "60", "--k", "4"]
+    train += ["--strategy", "whole"]
     out, mine = tmp_path / "other", write(tmp_path, "supernet: {epochs: 0}")
     assert here(capfd, monkeypatch, *train, "--recipe", mine, "--out", out).returncode in (0, None)
     mine.unlink()  # the run has a copy
-    done = here(capfd, monkeypatch, "search", out, "--searcher", "random", "--searcher-option", "n=3")
+    done = here(capfd, monkeypatch, "search", out, "--searcher", "uniform")
     assert done.returncode in (0, None), done.stderr
     done = here(capfd, monkeypatch, "export", out)
     assert done.returncode in (0, None), done.stderr

@@ -145,8 +145,8 @@ def build(
     built = Built(
         config, folder, data, net, recipe, fresh, say or (lambda line: print(line, file=sys.stderr)), progress
     )
-    _check_trained(built)
     if search:
+        _check_trained(built)
         _check_search(built)
     return built
 
