@@ -152,3 +152,41 @@ class Shuffled(Leaf):
     def body(self, x: Tensor) -> Tensor:
         """Enlarge by a pixel shuffle, then shrink by a stride."""
         return self.conv(F.pixel_shuffle(self.wide(x), 2))  # type: ignore[no-any-return]
+
+
+class Cut(Leaf):
+    """Treats the first channels differently; their number is fixed."""
+
+    def __init__(self, i: int, size: int) -> None:
+        super().__init__(i)
+        self.first, self.rest = slice(0, min(size, i)), slice(min(size, i), None)
+
+    def body(self, x: Tensor) -> Tensor:
+        """Apply a sine to the first channels."""
+        return torch.cat([x[:, self.first].sin(), x[:, self.rest]], 1)
+
+
+class Written(Leaf):
+    """Writes into the first half of its channels."""
+
+    def __init__(self, i: int, size: int) -> None:
+        super().__init__(i)
+
+    def body(self, x: Tensor) -> Tensor:
+        """Scale the first half in place."""
+        x = x.clone()
+        x[:, : x.shape[1] >> 1] *= -0.5
+        return x
+
+
+class Asking(Leaf):
+    """Adds its input where the shapes agree."""
+
+    def __init__(self, i: int, size: int) -> None:
+        super().__init__(2 * size)
+        self.conv = nn.Conv2d(i, self.out, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        """Convolve, and add the input if it has as many channels."""
+        y: Tensor = self.conv(x)
+        return y + x if y.shape == x.shape else y

@@ -79,6 +79,8 @@ class ExpectedSizes:
         found = np.where(after == CONSTANT, reference.component[CONSTANT], after - 1)
         if (found >= len(self.kept)).any() or np.array_equal(found, remaining):
             return True
+        # Frozen positions may be labelled in several ways; nothing is dropped among them.
+        found, remaining = found[self.free[found]], remaining[self.free[remaining]]
         return np.array_equal(np.sort(found), np.sort(remaining))
 
 
