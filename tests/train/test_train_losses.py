@@ -114,7 +114,11 @@ class Module(nn.Module):
         return inputs
 
 
-@pytest.mark.parametrize("loss", [third, by_keyword, Called(), Module(), partial(third)], ids=repr)
+@pytest.mark.parametrize(
+    "loss",
+    [third, by_keyword, Called(), Module(), partial(third)],
+    ids=["third", "keyword", "object", "module", "partial"],
+)
 def test_a_loss_with_a_parameter_of_that_name_gets_the_inputs(loss):
     assert binding(loss)("images")("outputs", "targets") == "images"
 
