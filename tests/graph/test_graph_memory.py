@@ -78,7 +78,7 @@ def test_memory_of_small_networks_is_what_a_run_keeps_alive(case):
     """Residual, concat, split, shuffle, squeeze-and-excitation, flatten...: every width and two batch sizes."""
     model = case.model()
     graph = trace(model, case.shape)
-    for batch in (case.shape[0], 5):
+    for batch in (case.shape[0], 3 * case.shape[0]):
         for widths in widths_to_try(graph):
             dense = export(model, widths, graph=graph)
             inputs = torch.randn(batch, *case.shape[1:], dtype=torch.float64)

@@ -216,7 +216,8 @@ def test_the_built_in_plugins_come_in_through_the_same_door():
     ("options", "line"),
     [
         ({"complementary": 3}, "complementary must be true or false, not 3"),
-        ({"complement": True}, "has no option 'complement'; its options are: complementary"),
+        ({"complement": True}, "complement must be text, not True"),
+        ({"pairing": True}, "has no option 'pairing'; its options are: "),
     ],
 )
 def test_options_of_a_strategy_are_checked_by_name_and_type(options, line):

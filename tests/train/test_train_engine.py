@@ -378,7 +378,7 @@ def test_evaluation_changes_nothing_and_is_a_mean_over_samples():
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"epochs": 1.5}, "epochs must be a whole number"),
         ({"lr": 0}, "lr must be greater than 0"),
-        ({"lr": math.nan}, "lr must be greater than 0, not nan"),
+        ({"lr": math.nan}, "lr must be a finite number, not nan"),
         ({"lr": math.inf}, "lr must be a finite number"),
         ({"lr": "fast"}, "lr must be a number"),
         ({"weight_decay": -1}, "weight_decay must be at least 0"),

@@ -52,11 +52,12 @@ def test_arrays_are_resized_and_cropped_like_files(interpolation):
 
 
 def test_large_and_small_sets_are_cropped_alike(tmp_path):
+    from widthkit.train.augment import Augmentation
     from widthkit.train.datasets import ArrayDataset, Preparation
 
     images = torch.from_numpy(np.stack([picture(20, 20, seed) for seed in range(3)])).permute(0, 3, 1, 2)
     preparation = Preparation(
-        (16, 16), 3, (0.0,), (1.0,), augment=False, flip=False, crop_pct=0.8, interpolation="bicubic"
+        (16, 16), 3, (0.0,), (1.0,), augment=Augmentation(), flip=False, crop_pct=0.8, interpolation="bicubic"
     )
     now, later = (ArrayDataset(images, torch.arange(3), preparation, most_bytes=most) for most in (2**20, 1))
     assert (now.images.shape[-1], later.images.shape[-1]) == (16, 20)

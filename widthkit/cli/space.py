@@ -35,7 +35,7 @@ def space_command(
     shape = shape_of(input_shape)
     name, options, freeze = given.pop("model"), given.pop("model_options", {}), given.pop("freeze", [])
     graph = trace(create_model(name, **options), shape, freeze=freeze)
-    strategy = make_strategy(given.pop("strategy"), given.pop("strategy_options", {}))
+    strategy = make_strategy(given.pop("strategy", None), given.pop("strategy_options", {}))
     space = make_space(graph, **given)
     if as_json:
         typer.echo(json.dumps(space_json(space, strategy), indent=1))
