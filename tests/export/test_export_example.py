@@ -25,7 +25,7 @@ def example():
 @pytest.mark.skipif(DATA is None, reason="no BCCD beside the checkout; set WIDTHKIT_DATA")
 def test_the_detection_example_on_a_handful_of_images(tmp_path):
     out = tmp_path / "detection.json"
-    few = ["--images", "4", "--epochs", "3", "--slim-epochs", "1", "--candidates", "2", "--side", "96", "--batch", "2"]
+    few = ["--images", "4", "--epochs", "6", "--slim-epochs", "1", "--candidates", "2", "--side", "96", "--batch", "2"]
     few += ["--windows", "32"]
     rows = example().main(["--data-dir", DATA, "--model", "timm/resnet10t", *few, "--out", str(out)])
     assert [(r["detector"], r["backbone"]) for r in rows] == [
