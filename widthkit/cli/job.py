@@ -61,7 +61,7 @@ def slim_command(given: dict[str, Any], out: Out, resume: Resume = False) -> Non
     results = finish(built, search(built))
     report_run(out)
     table_text(results)
-    typer.echo(f"results in {out}: slim.safetensors, slim.json, search.json, widths.png, report.html")
+    typer.echo(f"results in {out}: slim.safetensors, slim.json, search.json, accuracy.png, widths.png, report.html")
 
 
 @app.command("report")
